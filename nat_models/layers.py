@@ -1,0 +1,111 @@
+"""The attention layer: projections, relative position bias and the padding of small maps around na2d."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from timm.models import register_notrace_module
+from torch import Tensor
+
+from .ops import blocked, na2d
+from .ops.window import window_pair
+
+
+@register_notrace_module  # reads H and W to pad, which a symbolic trace cannot follow
+class NeighborhoodAttention2d(nn.Module):
+    """Multi-head 2-D neighborhood attention with its projections, on NHWC maps.
+
+    A map smaller than kernel_size * dilation is padded at the bottom and right with zero tokens *before* the qkv
+    projection, attended and cropped. Padded tokens take part in the softmax: their key and value are the projection's
+    bias. The published weights were trained and evaluated so.
+
+    Args:
+        dim: Channels C of input and output.
+        num_heads: Must divide dim.
+        kernel_size: Odd, at least 3; an int serves both axes.
+        dilation: At least 1; an int serves both axes.
+        qkv_bias: Bias in the qkv projection.
+        rel_pos_bias: Learn `rpb` [num_heads, 2*K_h-1, 2*K_w-1], added to the logits.
+        scale: Multiplies the logits; None means head_dim ** -0.5.
+        attn_drop: Dropout rate of the attention weights. When above 0, training runs in plain PyTorch operations.
+        proj_drop: Dropout rate of the output.
+
+    Raises:
+        ValueError: num_heads does not divide dim; kernel_size is even or below 3; dilation is below 1.
+
+    Source: Hassani et al., CVPR 2023, arXiv:2204.07143, section 3.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        kernel_size: int | Sequence[int] = 7,
+        dilation: int | Sequence[int] = 1,
+        qkv_bias: bool = True,
+        rel_pos_bias: bool = True,
+        scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"num_heads must divide dim, got {dim=}, {num_heads=}.")
+        self.dim = dim
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.kernel_size, self.dilation = window_pair(kernel_size, dilation)
+        self.scale = self.head_dim**-0.5 if scale is None else scale
+        self.attn_drop = attn_drop
+
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        if rel_pos_bias:
+            self.rpb = nn.Parameter(torch.empty(num_heads, *(2 * k - 1 for k in self.kernel_size), **dd))
+        else:
+            self.register_parameter("rpb", None)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.rpb is not None:
+            trunc_normal_(self.rpb, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] -> [B, H, W, C]."""
+        batch, height, width, _ = x.shape
+        qkv = self._pad(self.qkv(x))
+        qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
+        query, key, value = qkv.unbind(3)
+        if self.training and self.attn_drop > 0.0:
+            x = blocked.na2d(
+                query, key, value, self.rpb, self.kernel_size, self.dilation, self.scale, dropout_p=self.attn_drop
+            )
+        else:
+            x = na2d(
+                query, key, value, kernel_size=self.kernel_size, dilation=self.dilation, rpb=self.rpb, scale=self.scale
+            )
+        x = x[:, :height, :width].flatten(3)
+        return self.proj_drop(self.proj(x))
+
+    def _pad(self, qkv: Tensor) -> Tensor:
+        """Grows a small map [B, H, W, 3 * C] to its window with what the projection makes of a zero token."""
+        batch, height, width, _ = qkv.shape
+        rows, cols = (max(0, k * d - n) for k, d, n in zip(self.kernel_size, self.dilation, (height, width), strict=True))
+        if rows == cols == 0:
+            return qkv
+        qkv = F.pad(qkv, (0, 0, 0, cols, 0, rows))
+        if self.qkv.bias is None:
+            return qkv
+        padded = torch.ones(height + rows, width + cols, 1, dtype=torch.bool, device=qkv.device)
+        padded[:height, :width] = False
+        return torch.where(padded, self.qkv.bias.to(qkv.dtype), qkv)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, num_heads={self.num_heads}, kernel_size={self.kernel_size}, dilation={self.dilation}"

@@ -1,0 +1,405 @@
+"""Neighborhood Attention Transformer.
+
+Source: Hassani, Walton, Li, Li, Shi, "Neighborhood Attention Transformer", CVPR 2023, arXiv:2204.07143.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead, DropPath, LayerScale, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models._features import feature_take_indices
+from torch import Tensor
+
+from .checkpoints import explain_load_errors, fit_state_dict
+from .layers import NeighborhoodAttention2d
+
+__all__ = ["NAT"]
+
+
+class ConvTokenizer(nn.Module):
+    """Two stride-2 convolutions without an activation between: [B, in_chans, H, W] -> [B, ceil(H/4), ceil(W/4), C]."""
+
+    def __init__(self, in_chans: int, embed_dim: int, device=None, dtype=None) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.proj = nn.Sequential(
+            nn.Conv2d(in_chans, embed_dim // 2, 3, stride=2, padding=1, **dd),
+            nn.Conv2d(embed_dim // 2, embed_dim, 3, stride=2, padding=1, **dd),
+        )
+        self.norm = nn.LayerNorm(embed_dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))  # [B, H, W, C]
+
+
+class ConvDownsampler(nn.Module):
+    """A stride-2 convolution that doubles the channels: [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), 2 * C]."""
+
+    def __init__(self, dim: int, device=None, dtype=None) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.reduction = nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1, bias=False, **dd)
+        self.norm = nn.LayerNorm(2 * dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.norm(x)
+
+
+class NATBlock(nn.Module):
+    """Pre-norm attention and MLP, each with optional layer scale and stochastic depth, on [B, H, W, C]."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kernel_size: int | Sequence[int] = 7,
+        mlp_ratio: float = 3.0,
+        qkv_bias: bool = True,
+        init_values: float | None = None,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.attn = NeighborhoodAttention2d(
+            dim,
+            num_heads,
+            kernel_size=kernel_size,
+            qkv_bias=qkv_bias,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+            **dd,
+        )
+        self.ls1 = nn.Identity() if init_values is None else LayerScale(dim, init_values, **dd)
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
+        self.ls2 = nn.Identity() if init_values is None else LayerScale(dim, init_values, **dd)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return x
+
+
+class NATLevel(nn.Module):
+    """Blocks at one resolution, behind the downsampling that leads to it: the level's output is its feature map."""
+
+    def __init__(
+        self, dim: int, depth: int, num_heads: int, drop_path: Sequence[float], downsample: bool, device=None, dtype=None,
+        **block_kwargs,
+    ) -> None:  # fmt: skip
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = ConvDownsampler(dim // 2, **dd) if downsample else nn.Identity()
+        self.blocks = nn.Sequential(
+            *[NATBlock(dim, num_heads, drop_path=drop_path[i], **block_kwargs, **dd) for i in range(depth)]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+
+class NAT(nn.Module):
+    """Neighborhood Attention Transformer, with timm's interface.
+
+    Nothing in it depends on the image size: any height and width from 32 px runs, levels smaller than the window are
+    padded as the published weights expect. Features are NHWC inside.
+
+    Args:
+        in_chans: Channels of the image.
+        num_classes: 0 gives pooled features instead of logits.
+        global_pool: As in timm: "avg", "max", "avgmax", "catavgmax", "" for none.
+        img_size: Recorded as the preferred input size (timm's data config reads it); the network ignores it.
+        embed_dim: Channels of the first level; each further level doubles them.
+        depths: Blocks of each level.
+        num_heads: Attention heads of each level.
+        kernel_size: Odd window size, one for all levels.
+        mlp_ratio: Hidden width of the MLPs over the level's channels.
+        qkv_bias: Bias in the qkv projections.
+        init_values: Initial value of layer scale; None for none.
+        drop_rate: Dropout before the classifier.
+        proj_drop_rate: Dropout of attention and MLP outputs.
+        attn_drop_rate: Dropout of attention weights; above 0, training is slower.
+        drop_path_rate: Stochastic depth of the last block; it grows linearly from 0.
+
+    Raises:
+        ValueError: depths and num_heads differ in length; a level's channels are not divisible by its heads.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        img_size: int | Sequence[int] | None = None,
+        embed_dim: int = 64,
+        depths: Sequence[int] = (3, 4, 6, 5),
+        num_heads: Sequence[int] = (2, 4, 8, 16),
+        kernel_size: int | Sequence[int] = 7,
+        mlp_ratio: float = 3.0,
+        qkv_bias: bool = True,
+        init_values: float | None = None,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.2,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        if len(depths) != len(num_heads):
+            raise ValueError(f"depths and num_heads must name the same levels, got {depths=}, {num_heads=}.")
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.global_pool = global_pool
+        self.embed_dim = embed_dim
+        self.num_features = embed_dim * 2 ** (len(depths) - 1)
+        self.output_fmt = "NHWC"
+        self.feature_info = []
+
+        self.patch_embed = ConvTokenizer(in_chans, embed_dim, **dd)
+        drop_path = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        levels = []
+        for i, depth in enumerate(depths):
+            dim = embed_dim * 2**i
+            levels.append(
+                NATLevel(
+                    dim,
+                    depth,
+                    num_heads[i],
+                    drop_path=drop_path[i],
+                    downsample=i > 0,
+                    kernel_size=kernel_size,
+                    mlp_ratio=mlp_ratio,
+                    qkv_bias=qkv_bias,
+                    init_values=init_values,
+                    proj_drop=proj_drop_rate,
+                    attn_drop=attn_drop_rate,
+                    **dd,
+                )
+            )
+            self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=f"levels.{i}"))
+        self.levels = nn.Sequential(*levels)
+        self.norm = nn.LayerNorm(self.num_features, **dd)
+        self.head = ClassifierHead(
+            self.num_features,
+            num_classes,
+            pool_type=global_pool,
+            drop_rate=drop_rate,
+            input_fmt=self.output_fmt,
+            **dd,
+        )
+        self.head_hidden_size = self.head.num_features
+        self.apply(_init_weights)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith(".rpb")}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Parameter groups for layer-wise learning rates: the stem, then a level or a block each, then the norm."""
+        blocks = [(r"^levels\.(\d+)\.downsample", (0,)), (r"^levels\.(\d+)\.\w+\.(\d+)", None), (r"^norm", (99999,))]
+        return dict(stem=r"^patch_embed", blocks=r"^levels\.(\d+)" if coarse else blocks)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for level in self.levels:
+            level.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | Sequence[int] | None = None) -> None:
+        """Records the preferred input size for timm's data config; nothing in the network depends on it."""
+        if img_size is None:
+            return
+        try:
+            from timm.models._input import update_model_input_size
+        except ImportError:  # timm before 1.0.31 keeps no such record
+            return
+        update_model_input_size(self, img_size)
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Makes a new head; 0 classes remove it, a pooling of "" hands out the map [B, H, W, C]."""
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self.global_pool = global_pool
+        self.head.reset(num_classes, pool_type=global_pool)
+        self.head_hidden_size = self.head.num_features
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Feature maps of the levels, and what forward_features returns.
+
+        Args:
+            x: [B, in_chans, H, W].
+            indices: Levels to take: the last n for an int, all for None.
+            norm: Apply the final norm to the last level's map.
+            stop_early: Do not run levels behind the last one taken.
+            output_fmt: "NCHW" or "NHWC", the layout of the maps handed out.
+            intermediates_only: Return the maps alone.
+
+        Raises:
+            ValueError: Another output_fmt.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt=}.")
+        take, last = feature_take_indices(len(self.levels), indices)
+        intermediates = []
+        x = self.patch_embed(x)
+        for i, level in enumerate(self.levels[: last + 1] if stop_early else self.levels):
+            x = level(x)
+            if i in take:
+                feature = self.norm(x) if norm and i == len(self.levels) - 1 else x
+                intermediates.append(feature.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else feature)
+        if intermediates_only:
+            return intermediates
+        # The norm is as wide as the last level.
+        return self.norm(x) if i == len(self.levels) - 1 else x, intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drops the levels behind the last one taken, with the norm and head that they fed; returns the levels taken."""
+        take, last = feature_take_indices(len(self.levels), indices)
+        cut = last < len(self.levels) - 1
+        self.levels = self.levels[: last + 1]
+        if prune_norm or cut:
+            self.norm = nn.Identity()
+        if cut:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_head or cut:
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """[B, in_chans, H, W] -> [B, H/32, W/32, C], normalised, unpooled."""
+        x = self.patch_embed(x)
+        x = self.levels(x)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """[B, H, W, C] -> [B, num_classes]; pre_logits stops at the pooled features."""
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.forward_features(x)
+        return self.forward_head(x)
+
+
+def _init_weights(module: nn.Module) -> None:
+    """The authors' initialisation; norms and convolutions keep PyTorch's, rpb is the attention layer's own."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def checkpoint_filter_fn(state_dict: dict, model: NAT) -> dict[str, Tensor]:
+    """timm's hook between a checkpoint and the model: any published layout in, exactly the model's keys out."""
+    return fit_state_dict(state_dict, model)
+
+
+def _create_nat(variant: str, pretrained: bool = False, **kwargs) -> NAT:
+    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
+    if kwargs.get("features_only"):
+        kwargs.setdefault("num_classes", 0)  # a checkpoint without a head serves too
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    with explain_load_errors(variant, cfg.to_dict()):
+        return build_model_with_cfg(
+            NAT,
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            # The getter hands out NCHW maps, as users of features_only expect.
+            feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
+            **kwargs,
+        )
+
+
+def _cfg(**kwargs) -> dict:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        # How the published accuracy was measured. The Hub's preprocessor_config.json says otherwise (it resizes
+        # straight to the input size), which scores lower.
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj.0",
+        "classifier": "head.fc",
+        "license": "mit",
+        "paper_ids": "arXiv:2204.07143",
+        "paper_name": "Neighborhood Attention Transformer",
+        "origin_url": "https://github.com/SHI-Labs/Neighborhood-Attention-Transformer",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "nat_mini.shi_in1k": _cfg(hf_hub_id="shi-labs/nat-mini-in1k-224"),
+        "nat_tiny.shi_in1k": _cfg(hf_hub_id="shi-labs/nat-tiny-in1k-224"),
+        "nat_small.shi_in1k": _cfg(hf_hub_id="shi-labs/nat-small-in1k-224"),
+        "nat_base.shi_in1k": _cfg(hf_hub_id="shi-labs/nat-base-in1k-224"),
+    }
+)
+
+
+@register_model
+def nat_mini(pretrained: bool = False, **kwargs) -> NAT:
+    """NAT-Mini: 20.0 M parameters, 2.7 GMACs, 81.8 % top-1."""
+    model_args = dict(embed_dim=64, depths=(3, 4, 6, 5), num_heads=(2, 4, 8, 16), mlp_ratio=3, drop_path_rate=0.2)
+    return _create_nat("nat_mini", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def nat_tiny(pretrained: bool = False, **kwargs) -> NAT:
+    """NAT-Tiny: 27.9 M parameters, 4.3 GMACs, 83.2 % top-1."""
+    model_args = dict(embed_dim=64, depths=(3, 4, 18, 5), num_heads=(2, 4, 8, 16), mlp_ratio=3, drop_path_rate=0.2)
+    return _create_nat("nat_tiny", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def nat_small(pretrained: bool = False, **kwargs) -> NAT:
+    """NAT-Small: 50.7 M parameters, 7.8 GMACs, 83.7 % top-1."""
+    model_args = dict(
+        embed_dim=96, depths=(3, 4, 18, 5), num_heads=(3, 6, 12, 24), mlp_ratio=2, init_values=1e-5, drop_path_rate=0.3
+    )
+    return _create_nat("nat_small", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def nat_base(pretrained: bool = False, **kwargs) -> NAT:
+    """NAT-Base: 89.8 M parameters, 13.7 GMACs, 84.3 % top-1."""
+    model_args = dict(
+        embed_dim=128, depths=(3, 4, 18, 5), num_heads=(4, 8, 16, 32), mlp_ratio=2, init_values=1e-5, drop_path_rate=0.5
+    )
+    return _create_nat("nat_base", pretrained, **dict(model_args, **kwargs))

@@ -1,0 +1,286 @@
+"""The portable fast path: tiles of queries attend to their halo of keys through scaled_dot_product_attention.
+
+A tile of t x u queries needs the (t + K_h - 1) x (u + K_w - 1) keys around it, its halo. rpb and the window fold into
+one additive mask, so the result is exact, on any device and in any float dtype, without a K*K-fold copy of keys and
+values. Rows of tiles that see the same window pattern (the top one, all inner ones, the bottom one) share one mask
+and run as one batch. What depends on sizes alone is computed once per device and kept in bounded caches.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .window import group_length, window_start
+
+# On small maps one tile wins: masked-out work costs less than gathering halos (scripts/benchmark.py, "tiles").
+_WHOLE_MAP_QUERIES = 256
+_TILE = 7
+# Elements of gathered keys per chunk of the batch. Fresh pages dominate on a CPU once a chunk outgrows the caches.
+_CHUNK_ELEMENTS = {"cpu": 1 << 19}
+_CHUNK_ELEMENTS_DEFAULT = 1 << 26
+
+
+class _Axis(NamedTuple):
+    """One axis of length L cut into T tiles of t queries, each with a halo of h keys; indices are int64.
+
+    Tiles with equal offsets stand next to each other, `patterns` says where.
+    """
+
+    queries: Tensor  # [T, t] axis positions; a short tile repeats its last query
+    real: Tensor  # [T, t] False where a query is such a repetition
+    keys: Tensor  # [T, h] axis positions
+    offsets: Tensor  # [T, t, h] rpb index of each pair, -1 outside the query's window
+    untile: Tensor  # [L] where each position's query stands in [T * t]
+    overlaps: tuple[tuple[Tensor, Tensor], ...]  # (axis positions, places in [T * h]); positions unique in each pair
+    patterns: tuple[tuple[int, int], ...]  # (first, end) tile of each run of equal offsets
+    whole: bool  # one tile that is the axis itself: nothing to gather
+
+    @property
+    def padded(self) -> bool:
+        return self.untile.numel() < self.queries.numel()
+
+
+@lru_cache(maxsize=256)
+def _axis(length: int, kernel_size: int, dilation: int, tile: int, device: torch.device) -> _Axis:
+    longest = group_length(length, dilation, 0)
+    tile = min(tile, longest)
+    halo = min(tile + kernel_size - 1, longest)
+    tiles = []
+    for group in range(dilation):
+        members = group_length(length, dilation, group)
+        for first in range(0, members, tile):
+            position = first + torch.arange(tile)
+            query = position.clamp(max=members - 1)
+            key = min(max(first - kernel_size // 2, 0), max(members - halo, 0)) + torch.arange(halo)
+            start = window_start(query, members, kernel_size)[:, None]
+            offset = torch.where((key >= start) & (key < start + kernel_size), key - query[:, None] + kernel_size - 1, -1)
+            key = key.clamp(max=members - 1)  # past a short group: outside every window, any valid position serves
+            tiles.append((query * dilation + group, position < members, key * dilation + group, offset))
+    tiles.sort(key=lambda x: x[3].flatten().tolist())
+    queries, real, keys, offsets = map(torch.stack, zip(*tiles, strict=True))
+    changes = [i for i in range(1, len(tiles)) if not torch.equal(offsets[i], offsets[i - 1])]
+    patterns = tuple(zip([0, *changes], [*changes, len(tiles)], strict=True))
+
+    untile = torch.empty(length, dtype=torch.int64)
+    untile[queries[real]] = torch.arange(queries.numel()).view_as(queries)[real]
+    # A key stands in several halos. The r-th appearance of every key makes overlap r: adding gradients overlap by
+    # overlap touches no position twice at a time, so the order of the sum, hence its bits, is the same every time.
+    places = (offsets >= 0).any(1).flatten().nonzero().squeeze(1)
+    places = places[keys.flatten()[places].argsort(stable=True)]
+    positions = keys.flatten()[places]
+    appearance = torch.arange(len(positions)) - torch.searchsorted(positions, positions)
+    overlaps = tuple(
+        (positions[appearance == r].to(device), places[appearance == r].to(device))
+        for r in range(int(appearance.max()) + 1)
+    )
+    return _Axis(
+        queries=queries.to(device),
+        real=real.to(device),
+        keys=keys.to(device),
+        offsets=offsets.to(device),
+        untile=untile.to(device),
+        overlaps=overlaps,
+        patterns=patterns,
+        whole=dilation == 1 and tile == length,
+    )
+
+
+class _Plan(NamedTuple):
+    rows: _Axis
+    cols: _Axis
+
+    @property
+    def whole(self) -> bool:
+        return self.rows.whole and self.cols.whole
+
+
+def _plan(query: Tensor, kernel_size: tuple[int, int], dilation: tuple[int, int]) -> _Plan:
+    _, height, width, _, _ = query.shape
+    # A dilated map is a set of smaller ones, so the question is asked per dilation group.
+    queries = group_length(height, dilation[0], 0) * group_length(width, dilation[1], 0)
+    tile = max(height, width) if queries <= _WHOLE_MAP_QUERIES else _TILE
+    return _Plan(
+        _axis(height, kernel_size[0], dilation[0], tile, query.device),
+        _axis(width, kernel_size[1], dilation[1], tile, query.device),
+    )
+
+
+@lru_cache(maxsize=64)
+def _mask_index(
+    size: tuple[int, int], kernel_size: tuple[int, int], dilation: tuple[int, int], tile: tuple[int, int], row: int,
+    device: torch.device,
+) -> Tensor:  # fmt: skip
+    """Where each pair's bias stands in a flat rpb table, for the tile row `row`: [C * t * u * h * w], int32.
+
+    Pairs outside the window point behind the table's end, at the slot that holds -inf.
+    """
+    rows = _axis(size[0], kernel_size[0], dilation[0], tile[0], device).offsets[row][None, :, None, :, None]
+    cols = _axis(size[1], kernel_size[1], dilation[1], tile[1], device).offsets[:, None, :, None, :]
+    height, width = 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1
+    index = torch.where((rows >= 0) & (cols >= 0), rows * width + cols, height * width)  # [C, t, u, h, w]
+    return index.flatten().to(torch.int32)
+
+
+def _masks(
+    query: Tensor, rpb: Tensor | None, kernel_size: tuple[int, int], dilation: tuple[int, int], plan: _Plan
+) -> list[Tensor]:
+    """One additive mask for each pattern of tile rows: [1, num_heads * C, t * u, h * w], float32 or wider."""
+    _, height, width, num_heads, _ = query.shape
+    wide = torch.promote_types(query.dtype, torch.float32)
+    table = query.new_zeros(num_heads, (2 * kernel_size[0] - 1) * (2 * kernel_size[1] - 1), dtype=wide)
+    if rpb is not None:
+        table = rpb.to(wide).flatten(1)
+    table = F.pad(table, (0, 1), value=float("-inf"))
+    tile = (plan.rows.queries.shape[1], plan.cols.queries.shape[1])
+    keys = plan.rows.keys.shape[1] * plan.cols.keys.shape[1]
+    masks = []
+    for first, _ in plan.rows.patterns:
+        index = _mask_index((height, width), kernel_size, dilation, tile, first, query.device)
+        masks.append(table.index_select(1, index).view(1, -1, tile[0] * tile[1], keys))
+    return masks
+
+
+def _gather(x: Tensor, rows: Tensor, cols: Tensor, plan: _Plan) -> Tensor:
+    """[B, H, W, num_heads, head_dim] -> [B * R, num_heads * C, t * u, head_dim] for rows [R, t] and cols [C, u]."""
+    if plan.whole:
+        return x.flatten(1, 2).transpose(1, 2)
+    batch, _, _, num_heads, head_dim = x.shape
+    x = x[:, rows[:, None, :, None], cols[:, None, :]]  # [B, R, C, t, u, num_heads, head_dim]
+    x = x.permute(0, 1, 5, 2, 3, 4, 6)
+    return x.reshape(batch * len(rows), num_heads * len(cols), rows.shape[1] * cols.shape[1], head_dim)
+
+
+def _split(x: Tensor, batch: int, rows: Tensor, cols: Tensor) -> Tensor:
+    """[B * R, num_heads * C, t * u, head_dim] -> [B, R, t, C, u, num_heads, head_dim], the axes of the map in order."""
+    x = x.view(batch, len(rows), -1, len(cols), rows.shape[1], cols.shape[1], x.shape[-1])
+    return x.permute(0, 1, 4, 3, 5, 2, 6)
+
+
+def _chunks(query: Tensor, plan: _Plan) -> Iterator[slice]:
+    """Slices of the batch that bound what is gathered at once."""
+    batch, _, _, num_heads, head_dim = query.shape
+    per_image = plan.rows.keys.numel() * plan.cols.keys.numel() * num_heads * head_dim
+    limit = _CHUNK_ELEMENTS.get(query.device.type, _CHUNK_ELEMENTS_DEFAULT)
+    step = batch if plan.whole else max(1, limit // per_image)
+    for first in range(0, batch, step):
+        yield slice(first, first + step)
+
+
+def na2d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    kernel_size: tuple[int, int],
+    dilation: tuple[int, int],
+    scale: float,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Neighborhood attention in plain PyTorch operations, differentiable by autograd.
+
+    `dropout_p` drops attention weights, which no kernel does: the layer comes here when it trains with attn_drop.
+    """
+    if query.numel() == 0:
+        return torch.empty_like(query, memory_format=torch.contiguous_format)
+    plan = _plan(query, kernel_size, dilation)
+    masks = _masks(query, rpb, kernel_size, dilation, plan)
+    outputs = []
+    for chunk in _chunks(query, plan):
+        q, k, v = query[chunk], key[chunk], value[chunk]
+        tiles = []
+        for (first, end), mask in zip(plan.rows.patterns, masks, strict=True):
+            queries, keys = plan.rows.queries[first:end], plan.rows.keys[first:end]
+            out = F.scaled_dot_product_attention(
+                _gather(q, queries, plan.cols.queries, plan),
+                _gather(k, keys, plan.cols.keys, plan),
+                _gather(v, keys, plan.cols.keys, plan),
+                attn_mask=mask,
+                dropout_p=dropout_p,
+                scale=scale,
+            )
+            tiles.append(_split(out, len(q), queries, plan.cols.queries))
+        outputs.append(_untile(tiles, plan))
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return output.view_as(query) if plan.whole else output
+
+
+def _untile(tiles: list[Tensor], plan: _Plan) -> Tensor:
+    """Tiles of queries, [B, R, t, C, u, num_heads, head_dim] per pattern -> [B, H, W, num_heads, head_dim]."""
+    if plan.whole:
+        return tiles[0].flatten(3, 4).flatten(1, 2).contiguous()
+    x = torch.cat(tiles, 1).flatten(3, 4).flatten(1, 2)
+    return x[:, plan.rows.untile[:, None], plan.cols.untile]
+
+
+def _add_halos(tiles: list[Tensor], plan: _Plan, size: tuple[int, int]) -> Tensor:
+    """Sums what the halos say of each key: [B, R, h, C, w, num_heads, head_dim] per pattern -> [B, H, W, ...]."""
+    x = torch.cat(tiles, 1).flatten(3, 4).flatten(1, 2)  # [B, T * h, C * w, num_heads, head_dim]
+    for dim, axis, length in ((1, plan.rows, size[0]), (2, plan.cols, size[1])):
+        total = x.new_zeros([length if i == dim else n for i, n in enumerate(x.shape)])
+        for positions, places in axis.overlaps:
+            total.index_add_(dim, positions, x.index_select(dim, places))
+        x = total
+    return x
+
+
+def _one_hot(offsets: Tensor, kernel_size: int, dtype: torch.dtype) -> Tensor:
+    """[...] rpb indices -> [numel, 2 * K - 1]; a pair outside the window is a row of zeros."""
+    return (offsets.flatten()[:, None] == torch.arange(2 * kernel_size - 1, device=offsets.device)).to(dtype)
+
+
+def na2d_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    kernel_size: tuple[int, int],
+    dilation: tuple[int, int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of query, key, value and rpb; attention weights are recomputed, nothing of the forward is kept."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
+    rpb_grad = None if rpb is None else torch.zeros_like(rpb, dtype=wide, memory_format=torch.contiguous_format)
+    if query.numel() == 0:
+        return *grads, None if rpb is None else rpb_grad.to(rpb.dtype)
+    _, height, width, num_heads, _ = query.shape
+    plan = _plan(query, kernel_size, dilation)
+    rows, cols = plan.rows, plan.cols
+    masks = _masks(query, rpb, kernel_size, dilation, plan)
+    for chunk in _chunks(query, plan):
+        q, k, v, g = (x[chunk].to(wide) for x in (query, key, value, grad_output))
+        q_tiles, k_tiles, v_tiles = [], [], []
+        for (first, end), mask in zip(rows.patterns, masks, strict=True):
+            queries, keys = rows.queries[first:end], rows.keys[first:end]
+            qt = _gather(q, queries, cols.queries, plan)
+            gt = _gather(g, queries, cols.queries, plan)
+            kt = _gather(k, keys, cols.keys, plan)
+            vt = _gather(v, keys, cols.keys, plan)
+            if rows.padded or cols.padded:  # a repeated query must not count twice
+                real = rows.real[first:end, None, :, None] & cols.real[:, None, :]  # [R, C, t, u]
+                real = real.flatten(2)[:, None, :, :, None]  # [R, 1, C, t * u, 1]
+                gt = (gt.view(len(q), -1, num_heads, len(cols.queries), *gt.shape[2:]) * real).view_as(gt)
+            weights = torch.add(mask, qt @ kt.mT, alpha=scale).softmax(-1)
+            # d softmax: dS = P * (dP - <P, dP>)
+            grad_logits = gt @ vt.mT
+            v_tiles.append(_split(weights.mT @ gt, len(q), keys, cols.keys))
+            grad_logits = weights * (grad_logits - (weights * grad_logits).sum(-1, keepdim=True))
+            q_tiles.append(_split(grad_logits @ kt * scale, len(q), queries, cols.queries))
+            k_tiles.append(_split(grad_logits.mT @ qt * scale, len(q), keys, cols.keys))
+            if rpb_grad is not None:
+                # [N, C, t, u, h, w] -> [N, (t, h), (C, u, w)]: one-hot matrices sum the pairs of each offset without
+                # atomics, first over columns, then over rows.
+                t, h = queries.shape[1], keys.shape[1]
+                pairs = grad_logits.sum(0).view(num_heads, len(cols.queries), t, -1, h, cols.keys.shape[1])
+                pairs = pairs.permute(0, 2, 4, 1, 3, 5).reshape(num_heads, t * h, -1)
+                by_col = pairs @ _one_hot(cols.offsets, kernel_size[1], wide)
+                rpb_grad += _one_hot(rows.offsets[first], kernel_size[0], wide).mT @ by_col
+        grads[0][chunk] = _untile(q_tiles, plan)
+        grads[1][chunk] = _add_halos(k_tiles, plan, (height, width))
+        grads[2][chunk] = _add_halos(v_tiles, plan, (height, width))
+    return *grads, None if rpb is None else rpb_grad.to(rpb.dtype)
