@@ -243,14 +243,19 @@ def explain_load_errors(name: str, pretrained_cfg: Mapping) -> Iterator[None]:
         raise CheckpointError(f"{name}: downloading {source} failed. ({e})") from e
     except FileNotFoundError as e:
         raise CheckpointError(f"{name}: there is no weights file {source}. {e}") from e
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as e:
-        # torch.load reports a damaged archive as a plain RuntimeError.
-        if isinstance(e, CheckpointError) or not isinstance(e, SafetensorError | pickle.UnpicklingError | EOFError):
-            if not re.search(r"PytorchStreamReader|weights_only|zip archive", str(e)):
-                raise
-        cached = [] if file else [try_to_load_from_cache(repo, f) for f in ("model.safetensors", "pytorch_model.bin")]
-        path = next((x for x in [file, *cached] if isinstance(x, str)), source)
-        raise CheckpointError(
-            f"{name}: {path} cannot be read: it is cut off, damaged or no weights file. Expected a safetensors file "
-            f"or a torch.save archive of tensors. Delete it and load again. ({type(e).__name__}: {e})"
-        ) from e
+    except (SafetensorError, pickle.UnpicklingError, EOFError) as e:
+        raise CheckpointError(_unreadable(name, repo, file, e)) from e
+    except RuntimeError as e:
+        # torch.load reports a damaged archive, and timm a refused pickle, as a plain RuntimeError.
+        if isinstance(e, CheckpointError) or not re.search(r"PytorchStreamReader|weights_only", str(e)):
+            raise
+        raise CheckpointError(_unreadable(name, repo, file, e)) from e
+
+
+def _unreadable(name: str, repo: str | None, file: str | None, error: Exception) -> str:
+    cached = [] if file else [try_to_load_from_cache(repo, f) for f in ("model.safetensors", "pytorch_model.bin")]
+    path = next((x for x in [file, *cached] if isinstance(x, str)), repo)
+    return (
+        f"{name}: {path} cannot be read: it is cut off, damaged or no weights file. Expected a safetensors file or a "
+        f"torch.save archive of tensors. Delete it and load again. ({type(error).__name__}: {error})"
+    )

@@ -79,7 +79,7 @@ class NeighborhoodAttention2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
-        batch, height, width, _ = x.shape
+        _, height, width, _ = x.shape
         qkv = self._pad(self.qkv(x))
         qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
         query, key, value = qkv.unbind(3)
@@ -96,8 +96,9 @@ class NeighborhoodAttention2d(nn.Module):
 
     def _pad(self, qkv: Tensor) -> Tensor:
         """Grows a small map [B, H, W, 3 * C] to its window with what the projection makes of a zero token."""
-        batch, height, width, _ = qkv.shape
-        rows, cols = (max(0, k * d - n) for k, d, n in zip(self.kernel_size, self.dilation, (height, width), strict=True))
+        _, height, width, _ = qkv.shape
+        rows = max(0, self.kernel_size[0] * self.dilation[0] - height)
+        cols = max(0, self.kernel_size[1] * self.dilation[1] - width)
         if rows == cols == 0:
             return qkv
         qkv = F.pad(qkv, (0, 0, 0, cols, 0, rows))

@@ -9,7 +9,13 @@ import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, LayerScale, Mlp, calculate_drop_path_rates, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
@@ -95,9 +101,16 @@ class NATLevel(nn.Module):
     """Blocks at one resolution, behind the downsampling that leads to it: the level's output is its feature map."""
 
     def __init__(
-        self, dim: int, depth: int, num_heads: int, drop_path: Sequence[float], downsample: bool, device=None, dtype=None,
+        self,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        drop_path: Sequence[float],
+        downsample: bool,
+        device=None,
+        dtype=None,
         **block_kwargs,
-    ) -> None:  # fmt: skip
+    ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         self.grad_checkpointing = False
@@ -123,7 +136,6 @@ class NAT(nn.Module):
         in_chans: Channels of the image.
         num_classes: 0 gives pooled features instead of logits.
         global_pool: As in timm: "avg", "max", "avgmax", "catavgmax", "" for none.
-        img_size: Recorded as the preferred input size (timm's data config reads it); the network ignores it.
         embed_dim: Channels of the first level; each further level doubles them.
         depths: Blocks of each level.
         num_heads: Attention heads of each level.
@@ -145,7 +157,6 @@ class NAT(nn.Module):
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "avg",
-        img_size: int | Sequence[int] | None = None,
         embed_dim: int = 64,
         depths: Sequence[int] = (3, 4, 6, 5),
         num_heads: Sequence[int] = (2, 4, 8, 16),
@@ -224,14 +235,7 @@ class NAT(nn.Module):
 
     @torch.jit.ignore
     def set_input_size(self, img_size: int | Sequence[int] | None = None) -> None:
-        """Records the preferred input size for timm's data config; nothing in the network depends on it."""
-        if img_size is None:
-            return
-        try:
-            from timm.models._input import update_model_input_size
-        except ImportError:  # timm before 1.0.31 keeps no such record
-            return
-        update_model_input_size(self, img_size)
+        """Part of timm's interface. Any size runs as it is, so there is nothing to set."""
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -285,7 +289,7 @@ class NAT(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drops the levels behind the last one taken, with the norm and head that they fed; returns the levels taken."""
+        """Drops the levels behind the last one taken, with the norm and head they fed; returns the levels taken."""
         take, last = feature_take_indices(len(self.levels), indices)
         cut = last < len(self.levels) - 1
         self.levels = self.levels[: last + 1]

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -95,15 +95,24 @@ def na2d(
     Source: Hassani et al., CVPR 2023, arXiv:2204.07143, section 3; dilation arXiv:2209.15001.
     """
     kernel_size, dilation = window_pair(kernel_size, dilation)
-    device = query.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and query.dtype != torch.float64:
-        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    if _autocast_enabled(query) and query.dtype != torch.float64:
+        query, key, value = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (query, key, value))
     _check(query, key, value, rpb, kernel_size, dilation)
     if scale is None:
         scale = query.shape[-1] ** -0.5
     if _backend() == "reference":
-        return reference.na2d(query, key, value, rpb, kernel_size, dilation, scale)
+        with _autocast_off(query):
+            return reference.na2d(query, key, value, rpb, kernel_size, dilation, scale)
     return torch.ops.nat_models.na2d(query, key, value, rpb, kernel_size, dilation, scale)
+
+
+def _autocast_enabled(x: Tensor) -> bool:
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
+def _autocast_off(x: Tensor) -> AbstractContextManager:
+    """Inside the operator dtypes are settled: an autocast left on would round the mask to its dtype."""
+    return torch.autocast(x.device.type, enabled=False) if _autocast_enabled(x) else nullcontext()
 
 
 def _check(
@@ -151,14 +160,16 @@ torch.library.define(
 
 @torch.library.impl("nat_models::na2d", "CompositeExplicitAutograd")
 def _na2d(query, key, value, rpb, kernel_size, dilation, scale):
-    return blocked.na2d(query, key, value, rpb, tuple(kernel_size), tuple(dilation), scale)
+    with _autocast_off(query):
+        return blocked.na2d(query, key, value, rpb, tuple(kernel_size), tuple(dilation), scale)
 
 
 @torch.library.impl("nat_models::na2d_backward", "CompositeExplicitAutograd")
 def _na2d_backward(grad_output, query, key, value, rpb, kernel_size, dilation, scale):
-    *grads, rpb_grad = blocked.na2d_backward(
-        grad_output, query, key, value, rpb, tuple(kernel_size), tuple(dilation), scale
-    )
+    with _autocast_off(query):
+        *grads, rpb_grad = blocked.na2d_backward(
+            grad_output, query, key, value, rpb, tuple(kernel_size), tuple(dilation), scale
+        )
     return *grads, query.new_empty(0) if rpb_grad is None else rpb_grad
 
 

@@ -19,8 +19,9 @@ from .window import group_length, window_start
 # On small maps one tile wins: masked-out work costs less than gathering halos (scripts/benchmark.py, "tiles").
 _WHOLE_MAP_QUERIES = 256
 _TILE = 7
-# Elements of gathered keys per chunk of the batch. Fresh pages dominate on a CPU once a chunk outgrows the caches.
-_CHUNK_ELEMENTS = {"cpu": 1 << 19}
+# Elements of the largest intermediate per chunk of the batch. On a CPU, fresh pages dominate once a chunk outgrows the
+# caches.
+_CHUNK_ELEMENTS = {"cpu": 1 << 20}
 _CHUNK_ELEMENTS_DEFAULT = 1 << 26
 
 
@@ -57,7 +58,8 @@ def _axis(length: int, kernel_size: int, dilation: int, tile: int, device: torch
             query = position.clamp(max=members - 1)
             key = min(max(first - kernel_size // 2, 0), max(members - halo, 0)) + torch.arange(halo)
             start = window_start(query, members, kernel_size)[:, None]
-            offset = torch.where((key >= start) & (key < start + kernel_size), key - query[:, None] + kernel_size - 1, -1)
+            inside = (key >= start) & (key < start + kernel_size)
+            offset = torch.where(inside, key - query[:, None] + kernel_size - 1, -1)
             key = key.clamp(max=members - 1)  # past a short group: outside every window, any valid position serves
             tiles.append((query * dilation + group, position < members, key * dilation + group, offset))
     tiles.sort(key=lambda x: x[3].flatten().tolist())
@@ -131,17 +133,19 @@ def _masks(
     """One additive mask for each pattern of tile rows: [1, num_heads * C, t * u, h * w], float32 or wider."""
     _, height, width, num_heads, _ = query.shape
     wide = torch.promote_types(query.dtype, torch.float32)
-    table = query.new_zeros(num_heads, (2 * kernel_size[0] - 1) * (2 * kernel_size[1] - 1), dtype=wide)
-    if rpb is not None:
+    if rpb is None:
+        table = query.new_zeros(num_heads, (2 * kernel_size[0] - 1) * (2 * kernel_size[1] - 1), dtype=wide)
+    else:
         table = rpb.to(wide).flatten(1)
-    table = F.pad(table, (0, 1), value=float("-inf"))
-    tile = (plan.rows.queries.shape[1], plan.cols.queries.shape[1])
-    keys = plan.rows.keys.shape[1] * plan.cols.keys.shape[1]
-    masks = []
-    for first, _ in plan.rows.patterns:
-        index = _mask_index((height, width), kernel_size, dilation, tile, first, query.device)
-        masks.append(table.index_select(1, index).view(1, -1, tile[0] * tile[1], keys))
-    return masks
+    if (height, width) != kernel_size:  # some pairs are outside their window
+        table = F.pad(table, (0, 1), value=float("-inf"))
+    rows, cols = plan
+    tile = (rows.queries.shape[1], cols.queries.shape[1])
+    shape = (1, num_heads * len(cols.queries), tile[0] * tile[1], rows.keys.shape[1] * cols.keys.shape[1])
+    indices = (
+        _mask_index((height, width), kernel_size, dilation, tile, first, query.device) for first, _ in rows.patterns
+    )
+    return [table.index_select(1, index).view(shape) for index in indices]
 
 
 def _gather(x: Tensor, rows: Tensor, cols: Tensor, plan: _Plan) -> Tensor:
@@ -160,12 +164,9 @@ def _split(x: Tensor, batch: int, rows: Tensor, cols: Tensor) -> Tensor:
     return x.permute(0, 1, 4, 3, 5, 2, 6)
 
 
-def _chunks(query: Tensor, plan: _Plan) -> Iterator[slice]:
-    """Slices of the batch that bound what is gathered at once."""
-    batch, _, _, num_heads, head_dim = query.shape
-    per_image = plan.rows.keys.numel() * plan.cols.keys.numel() * num_heads * head_dim
-    limit = _CHUNK_ELEMENTS.get(query.device.type, _CHUNK_ELEMENTS_DEFAULT)
-    step = batch if plan.whole else max(1, limit // per_image)
+def _chunks(batch: int, elements_per_image: int, device: torch.device) -> Iterator[slice]:
+    """Slices of the batch that bound what is held at once."""
+    step = max(1, _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS_DEFAULT) // elements_per_image)
     for first in range(0, batch, step):
         yield slice(first, first + step)
 
@@ -188,24 +189,28 @@ def na2d(
         return torch.empty_like(query, memory_format=torch.contiguous_format)
     plan = _plan(query, kernel_size, dilation)
     masks = _masks(query, rpb, kernel_size, dilation, plan)
+    if plan.whole:
+        q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=masks[0], dropout_p=dropout_p, scale=scale)
+        return out.transpose(1, 2).reshape(query.shape)
+    rows, cols = plan
     outputs = []
-    for chunk in _chunks(query, plan):
+    for chunk in _chunks(len(query), rows.keys.numel() * cols.keys.numel() * query[0, 0, 0].numel(), query.device):
         q, k, v = query[chunk], key[chunk], value[chunk]
         tiles = []
-        for (first, end), mask in zip(plan.rows.patterns, masks, strict=True):
-            queries, keys = plan.rows.queries[first:end], plan.rows.keys[first:end]
+        for (first, end), mask in zip(rows.patterns, masks, strict=True):
+            queries, keys = rows.queries[first:end], rows.keys[first:end]
             out = F.scaled_dot_product_attention(
-                _gather(q, queries, plan.cols.queries, plan),
-                _gather(k, keys, plan.cols.keys, plan),
-                _gather(v, keys, plan.cols.keys, plan),
+                _gather(q, queries, cols.queries, plan),
+                _gather(k, keys, cols.keys, plan),
+                _gather(v, keys, cols.keys, plan),
                 attn_mask=mask,
                 dropout_p=dropout_p,
                 scale=scale,
             )
-            tiles.append(_split(out, len(q), queries, plan.cols.queries))
+            tiles.append(_split(out, len(q), queries, cols.queries))
         outputs.append(_untile(tiles, plan))
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return output.view_as(query) if plan.whole else output
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def _untile(tiles: list[Tensor], plan: _Plan) -> Tensor:
@@ -252,7 +257,8 @@ def na2d_backward(
     plan = _plan(query, kernel_size, dilation)
     rows, cols = plan.rows, plan.cols
     masks = _masks(query, rpb, kernel_size, dilation, plan)
-    for chunk in _chunks(query, plan):
+    logits = rows.offsets.numel() * cols.offsets.numel() * num_heads
+    for chunk in _chunks(len(query), logits, query.device):
         q, k, v, g = (x[chunk].to(wide) for x in (query, key, value, grad_output))
         q_tiles, k_tiles, v_tiles = [], [], []
         for (first, end), mask in zip(rows.patterns, masks, strict=True):
@@ -269,7 +275,7 @@ def na2d_backward(
             # d softmax: dS = P * (dP - <P, dP>)
             grad_logits = gt @ vt.mT
             v_tiles.append(_split(weights.mT @ gt, len(q), keys, cols.keys))
-            grad_logits = weights * (grad_logits - (weights * grad_logits).sum(-1, keepdim=True))
+            grad_logits.sub_((weights * grad_logits).sum(-1, keepdim=True)).mul_(weights)
             q_tiles.append(_split(grad_logits @ kt * scale, len(q), queries, cols.queries))
             k_tiles.append(_split(grad_logits.mT @ qt * scale, len(q), keys, cols.keys))
             if rpb_grad is not None:

@@ -14,7 +14,7 @@ def window_pair(kernel_size: int | Sequence[int], dilation: int | Sequence[int])
     """
     pairs = []
     for name, value in (("kernel_size", kernel_size), ("dilation", dilation)):
-        pair = (value, value) if isinstance(value, int) else tuple(value)
+        pair = tuple(value) if isinstance(value, Sequence) else (value, value)
         if len(pair) != 2 or not all(isinstance(x, int) for x in pair):
             raise ValueError(f"{name} must be an int or two ints (height, width), got {name}={value!r}.")
         pairs.append(pair)

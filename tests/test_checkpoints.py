@@ -1,0 +1,278 @@
+"""Checkpoints: three layouts, wrapped or not, with any head, window and channels; never a silent partial load."""
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models import create_model, save_for_hf
+
+from nat_models.checkpoints import LAYOUTS, CheckpointError, convert_state_dict, detect_layout
+from tests.conftest import FIXTURES, original_state_dict
+
+# With layer scale (small) and without (mini): the two kinds of block.
+VARIANTS = ["nat_mini", "nat_small"]
+SMALL = dict(embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), init_values=1e-5)
+IMAGE = torch.linspace(-2, 2, 3 * 64 * 64).sin().view(1, 3, 64, 64)
+
+
+def _small(**kwargs):
+    return create_model("nat_mini", **(SMALL | kwargs)).eval()
+
+
+def _random_state_dict(layout: str, **kwargs) -> dict[str, torch.Tensor]:
+    """A checkpoint of the small model in one of the layouts, every tensor random."""
+    state_dict = {k: torch.randn_like(v) for k, v in _small(**kwargs).state_dict().items()}
+    return convert_state_dict(state_dict, layout)
+
+
+def _load(state_dict, **kwargs):
+    overlay = dict(state_dict=dict(state_dict), hf_hub_id=None)
+    return create_model("nat_mini", pretrained=True, pretrained_cfg_overlay=overlay, **(SMALL | kwargs)).eval()
+
+
+def _load_file(path, **kwargs):
+    return create_model("nat_mini", pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), **(SMALL | kwargs))
+
+
+def _loaded_part(model, state_dict, without=()):
+    ours = convert_state_dict(state_dict, "nat_models")
+    loaded = model.state_dict()
+    return all(torch.equal(loaded[k], v) for k, v in ours.items() if not k.startswith(without))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_keys_and_shapes_of_the_published_layouts(variant):
+    original = original_state_dict(variant)
+    transformers = convert_state_dict(original, "transformers")
+    published = json.loads((FIXTURES / "transformers_keys.json").read_text())[variant]
+    assert {k: list(v.shape) for k, v in transformers.items()} == published
+    ours = create_model(variant, device="meta").state_dict()
+    converted = convert_state_dict(transformers, "nat_models")
+    assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in ours.items()}
+
+
+@pytest.mark.parametrize("source", LAYOUTS)
+@pytest.mark.parametrize("target", LAYOUTS)
+def test_conversions_are_lossless_both_ways(source, target):
+    state_dict = _random_state_dict(source)
+    converted = convert_state_dict(state_dict, target)
+    assert detect_layout(state_dict) == source and detect_layout(converted) == target
+    back = convert_state_dict(converted, source)
+    assert back.keys() == state_dict.keys()
+    assert all(torch.equal(back[k], v) for k, v in state_dict.items())
+
+
+def test_an_unknown_layout_name_is_an_error():
+    with pytest.raises(ValueError, match="got layout='timm'"):
+        convert_state_dict(_random_state_dict("original"), "timm")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_loads_to_the_same_network(layout):
+    state_dict = _random_state_dict("original")
+    expected = _load(state_dict)(IMAGE)
+    assert torch.equal(_load(convert_state_dict(state_dict, layout))(IMAGE), expected)
+
+
+@pytest.mark.parametrize("wrapper", [None, "model", "state_dict", "state_dict_ema", "model_ema"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+def test_training_checkpoints_are_unwrapped(tmp_path, wrapper, prefix):
+    state_dict = _random_state_dict("original")
+    checkpoint = {prefix + k: v for k, v in state_dict.items()}
+    if wrapper is not None:
+        checkpoint = {wrapper: checkpoint, "epoch": 3}
+    path = tmp_path / "nat_mini.pth"
+    torch.save(checkpoint, path)
+    assert _loaded_part(_load_file(path), state_dict)
+
+
+def test_ema_weights_win(tmp_path):
+    ema, raw = _random_state_dict("original"), _random_state_dict("original")
+    path = tmp_path / "nat_mini.pth"
+    torch.save({"state_dict": raw, "state_dict_ema": ema}, path)
+    assert _loaded_part(_load_file(path), ema)
+
+
+def test_our_layout_loads_from_safetensors_both_ways(tmp_path):
+    state_dict = _random_state_dict("nat_models")
+    path = tmp_path / "model.safetensors"
+    save_file(state_dict, path)
+    assert _loaded_part(_load_file(path), state_dict)
+    assert _loaded_part(create_model("nat_mini", checkpoint_path=str(path), **SMALL), state_dict)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_another_number_of_classes_keeps_the_backbone_and_makes_a_new_head(layout):
+    state_dict = _random_state_dict(layout)
+    model = _load(state_dict, num_classes=7)
+    assert model.head.fc.weight.shape == (7, 128)
+    assert _loaded_part(model, state_dict, without="head")
+    assert _loaded_part(_load(state_dict, num_classes=0), state_dict, without="head")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fine_tunes_load_with_their_own_number_of_classes(layout):
+    state_dict = _random_state_dict(layout, num_classes=7)
+    assert _loaded_part(_load(state_dict, num_classes=7), state_dict)
+    # A fine-tune of a fine-tune: the third number of classes makes a new head.
+    assert _loaded_part(_load(state_dict, num_classes=5), state_dict, without="head")
+
+
+def test_a_fine_tune_without_its_number_of_classes_is_an_error():
+    with pytest.raises(CheckpointError, match=r"head has 7 classes, the model's 1000. Pass num_classes=7"):
+        _load(_random_state_dict("transformers", num_classes=7))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_backbone_without_head_loads_where_no_head_is_asked_for(layout):
+    state_dict = _random_state_dict(layout, num_classes=0)
+    if layout == "transformers":
+        state_dict = {k.removeprefix("nat."): v for k, v in state_dict.items()}  # NatModel, NatBackbone
+    assert _loaded_part(_load(state_dict, num_classes=0), state_dict)
+    assert _loaded_part(_load(state_dict, num_classes=3), state_dict)
+    features = _load(state_dict, features_only=True)(IMAGE)
+    assert [f.shape[1] for f in features] == [16, 32, 64, 128]
+    with pytest.raises(CheckpointError, match=r"2 missing: head.fc.weight, head.fc.bias"):
+        _load(state_dict)
+
+
+def test_features_only_uses_the_weights():
+    state_dict = _random_state_dict("transformers")
+    features = _load(state_dict, features_only=True)(IMAGE)
+    torch.testing.assert_close(features, _load(state_dict).forward_intermediates(IMAGE, intermediates_only=True))
+
+
+@pytest.mark.parametrize("in_chans", [1, 2, 5])
+def test_in_chans_adapts_the_stem_as_timm_does(in_chans):
+    state_dict = _random_state_dict("original")
+    model = _load(state_dict, in_chans=in_chans)
+    stem = state_dict["patch_embed.proj.0.weight"]
+    expected = timm.models.adapt_input_conv(in_chans, stem)
+    assert torch.equal(model.patch_embed.proj[0].weight, expected)
+    assert _loaded_part(model, state_dict, without="patch_embed.proj.0.weight")
+
+
+@pytest.mark.parametrize("kernel_size", [5, 9, (3, 7)])
+def test_another_kernel_size_interpolates_rpb(kernel_size):
+    state_dict = _random_state_dict("transformers")
+    rpb = torch.arange(13.0)[:, None] + 10 * torch.arange(13.0)  # a plane, which bicubic keeps inside
+    for key, value in state_dict.items():
+        if key.endswith("rpb"):
+            state_dict[key] = rpb.expand_as(value).clone()
+    model = _load(state_dict, kernel_size=kernel_size)
+    rows, cols = (2 * k - 1 for k in (kernel_size if isinstance(kernel_size, tuple) else (kernel_size,) * 2))
+    for name, parameter in model.named_parameters():
+        if name.endswith("rpb"):
+            assert parameter.shape[1:] == (rows, cols)
+            # The centre, offset (0, 0), stays where it is.
+            torch.testing.assert_close(parameter[:, rows // 2, cols // 2], rpb[6, 6].expand(len(parameter)))
+    assert model(IMAGE).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda d: d.pop("norm.weight"), r"1 missing: norm\.weight\.$"),
+        (lambda d: d.update(extra=torch.zeros(1)), r"1 unexpected: extra\.$"),
+        (
+            lambda d: d.update({"levels.2.blocks.1.attn.proj.bias": torch.zeros(65)}),
+            r"1 of another shape: levels\.2\.blocks\.1\.attn\.proj\.bias found \(65,\) expected \(64,\)",
+        ),
+        (
+            lambda d: d.update({"levels.0.blocks.0.attn.rpb": torch.zeros(3, 13, 13)}),
+            r"1 of another shape: levels\.0\.blocks\.0\.attn\.rpb found \(3, 13, 13\) expected \(1, 13, 13\)",
+        ),
+        (
+            lambda d: d.update({"patch_embed.proj.0.weight": torch.zeros(9, 3, 3, 3)}),
+            r"patch_embed\.proj\.0\.weight found \(9, 3, 3, 3\) expected \(8, 3, 3, 3\)",
+        ),
+    ],
+)
+@pytest.mark.parametrize("num_classes", [1000, 7])
+def test_what_does_not_fit_is_listed_and_nothing_is_loaded(edit, message, num_classes):
+    # Also with a new head, where timm alone would load whatever fits.
+    state_dict = _random_state_dict("original")
+    edit(state_dict)
+    with pytest.raises(CheckpointError, match=message):
+        _load(state_dict, num_classes=num_classes)
+
+
+def test_an_incomplete_qkv_is_listed():
+    state_dict = _random_state_dict("transformers")
+    del state_dict["nat.encoder.levels.0.layers.0.attention.self.key.weight"]
+    with pytest.raises(CheckpointError, match=r"1 missing: levels\.0\.blocks\.0\.attn\.qkv\.weight"):
+        _load(state_dict)
+
+
+def test_another_variant_is_refused_with_shapes():
+    with pytest.raises(
+        CheckpointError, match=r"unexpected.*of another shape: .*found \(48, 3, 3, 3\) expected \(32, 3, 3, 3\)"
+    ):
+        overlay = dict(state_dict=original_state_dict("nat_small"), hf_hub_id=None)
+        create_model("nat_mini", pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+def test_another_architecture_is_refused_with_the_layouts_expected():
+    overlay = dict(state_dict=create_model("resnet18").state_dict(), hf_hub_id=None)
+    with pytest.raises(
+        CheckpointError, match=r"not a NAT in a known layout. Found keys such as 'conv1\.weight'.*expected"
+    ):
+        create_model("nat_mini", pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+@pytest.mark.parametrize("name", ["cut.safetensors", "cut.pth", "text.pth", "text.safetensors", "empty.pth"])
+def test_damaged_files_are_named(tmp_path, name):
+    path = tmp_path / name
+    if name.startswith("cut"):
+        whole = tmp_path / f"whole{path.suffix}"
+        state_dict = _random_state_dict("nat_models")
+        save_file(state_dict, whole) if path.suffix == ".safetensors" else torch.save(state_dict, whole)
+        path.write_bytes(whole.read_bytes()[:-1000])
+    else:
+        path.write_text("" if name.startswith("empty") else "<html>Not found</html>" * 9)
+    with pytest.raises(CheckpointError, match=rf"nat_mini: .*{name} cannot be read: it is cut off"):
+        _load_file(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no weights file .*absent\.pth"):
+        _load_file(tmp_path / "absent.pth")
+
+
+def test_pickles_that_run_code_are_refused(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    path = tmp_path / "evil.pth"
+    torch.save({"model": Payload()}, path)
+    with pytest.raises(CheckpointError, match=r"evil\.pth cannot be read"):
+        _load_file(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_save_for_hf_and_local_dir_are_inverse(tmp_path):
+    model = _small(num_classes=4, in_chans=1, kernel_size=5)
+    labels = ["ant", "bee", "cat", "dog"]
+    data_config = dict(input_size=(1, 48, 80), crop_pct=1.0)
+    model_config = dict(label_names=labels)
+    save_for_hf(model, tmp_path, model_config=model_config, data_config=data_config, safe_serialization=True)
+    loaded = create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    image = torch.randn(1, 1, 48, 80)
+    assert torch.equal(loaded(image), model(image))
+    assert loaded.pretrained_cfg["label_names"] == labels
+    assert loaded.pretrained_cfg["input_size"] == (1, 48, 80) and loaded.pretrained_cfg["crop_pct"] == 1.0
+    with_new_head = create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=9)
+    assert with_new_head.head.fc.out_features == 9
+    assert _loaded_part(with_new_head, model.state_dict(), without="head")
+
+
+def test_manifest_and_registry_agree():
+    manifest = json.loads((FIXTURES.parents[1] / "weights" / "manifest.json").read_text())
+    known = {entry["name"]: entry for entry in manifest["checkpoints"]}
+    assert set(known) == set(timm.list_models("nat_*", pretrained=True))
+    for name, entry in known.items():
+        cfg = timm.models.get_pretrained_cfg(name)
+        assert (entry["repo"], entry["license"]) == (cfg.hf_hub_id, cfg.license)

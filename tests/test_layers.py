@@ -1,0 +1,92 @@
+"""NeighborhoodAttention2d: projections, padding of small maps, dropout, precision."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nat_models import NeighborhoodAttention2d, na2d
+from nat_models.ops import use_backend
+
+
+def _pad_then_project(layer: NeighborhoodAttention2d, x: torch.Tensor) -> torch.Tensor:
+    """The published rule, to the letter: pad the input with zeros, project, attend, project, crop."""
+    _, height, width, _ = x.shape
+    rows, cols = (max(0, k * d - n) for k, d, n in zip(layer.kernel_size, layer.dilation, (height, width), strict=True))
+    qkv = layer.qkv(F.pad(x, (0, 0, 0, cols, 0, rows))).unflatten(-1, (3, layer.num_heads, -1))
+    out = na2d(*qkv.unbind(3), kernel_size=layer.kernel_size, dilation=layer.dilation, rpb=layer.rpb, scale=layer.scale)
+    return layer.proj(out.flatten(3))[:, :height, :width]
+
+
+@pytest.mark.parametrize("qkv_bias", [True, False])
+@pytest.mark.parametrize("size", [(1, 1), (3, 9), (9, 2), (6, 6), (7, 8)])
+def test_small_maps_are_padded_as_published(size, qkv_bias):
+    layer = NeighborhoodAttention2d(16, 2, kernel_size=(7, 5), qkv_bias=qkv_bias)
+    torch.nn.init.normal_(layer.rpb)
+    x = torch.randn(2, *size, 16, requires_grad=True)
+    output, expected = layer(x), _pad_then_project(layer, x)
+    torch.testing.assert_close(output, expected)
+    names = [name for name, _ in layer.named_parameters()]
+    weight = torch.randn_like(output)
+    for name, actual, wanted in zip(
+        ["x", *names],
+        torch.autograd.grad((output * weight).sum(), [x, *layer.parameters()]),
+        torch.autograd.grad((expected * weight).sum(), [x, *layer.parameters()]),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_dilated_small_maps_are_padded_too():
+    layer = NeighborhoodAttention2d(8, 1, kernel_size=3, dilation=(2, 4))
+    x = torch.randn(1, 5, 9, 8)
+    torch.testing.assert_close(layer(x), _pad_then_project(layer, x))
+
+
+def test_attention_dropout_drops_in_training_alone():
+    layer = NeighborhoodAttention2d(8, 1, kernel_size=3, attn_drop=0.5)
+    plain = NeighborhoodAttention2d(8, 1, kernel_size=3)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(1, 16, 20, 8)
+    torch.testing.assert_close(layer.eval()(x), plain(x))
+    layer.train()
+    samples = torch.stack([layer(x) for _ in range(256)])
+    assert samples.std(0).min() > 0  # every output varies
+    # The mean over 256 draws nears the value without dropout: five standard errors.
+    assert ((samples.mean(0) - plain(x)).abs() < 5 * samples.std(0) / 16).float().mean() > 0.99
+
+
+def test_without_rpb_there_is_no_parameter():
+    layer = NeighborhoodAttention2d(8, 2, kernel_size=3, rel_pos_bias=False)
+    assert layer.rpb is None and "rpb" not in layer.state_dict()
+    assert layer(torch.randn(1, 4, 5, 8)).shape == (1, 4, 5, 8)
+
+
+def test_backends_agree():
+    layer = NeighborhoodAttention2d(16, 2).eval()
+    x = torch.randn(2, 20, 18, 16)
+    with use_backend("reference"):
+        expected = layer(x)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_autocast_runs_in_its_dtype():
+    layer = NeighborhoodAttention2d(16, 2)
+    x = torch.randn(2, 9, 5, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(x)
+    assert output.dtype == torch.bfloat16
+    # bfloat16 keeps 8 bits: three roundings along the way.
+    torch.testing.assert_close(output.float(), layer(x), rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(num_heads=3), r"num_heads must divide dim, got dim=16, num_heads=3"),
+        (dict(num_heads=2, kernel_size=6), r"odd and at least 3, got kernel_size=6"),
+        (dict(num_heads=2, dilation=0), r"at least 1, got dilation=0"),
+    ],
+)
+def test_bad_arguments_are_errors_at_construction(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        NeighborhoodAttention2d(16, **kwargs)

@@ -1,0 +1,304 @@
+"""The networks: the published ones exactly, and timm's contract over all of them."""
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.data import resolve_model_data_config
+from timm.models import create_model, list_models
+from timm.optim import create_optimizer_v2
+from torch.utils.flop_counter import FlopCounterMode
+
+import nat_models  # noqa: F401  registers the models
+from nat_models.nat import NAT
+from tests.conftest import FIXTURES, original_state_dict, tensor
+
+MODELS = list_models(module="nat")
+GOLDEN = load_file(FIXTURES / "nat_models.safetensors")
+# The published table: parameters, GMACs at 224 px.
+PUBLISHED = {
+    "nat_mini": (19_984_174, "2.7"),
+    "nat_tiny": (27_901_582, "4.3"),
+    "nat_small": (50_743_297, "7.8"),
+    "nat_base": (89_769_652, "13.7"),
+}
+
+
+def _published(variant: str, **kwargs) -> NAT:
+    overlay = dict(state_dict=original_state_dict(variant), hf_hub_id=None)
+    return create_model(variant, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
+
+
+def _small(**kwargs) -> NAT:
+    """The real class at a size that tests can afford."""
+    defaults = dict(embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), num_classes=10)
+    return create_model("nat_mini", **(defaults | kwargs))
+
+
+def test_the_zoo_is_registered():
+    assert set(MODELS) == set(PUBLISHED)
+    assert set(list_models("nat_*", pretrained=True)) == {f"{name}.shi_in1k" for name in PUBLISHED}
+
+
+@pytest.mark.parametrize("case", [name.removesuffix("/logits") for name in GOLDEN if name.endswith("/logits")])
+def test_logits_of_the_authors_networks(case):
+    variant, size = case.split("/")
+    height, width = map(int, size.split("x"))
+    with torch.no_grad():
+        logits = _published(variant)(tensor(f"image_{size}", (1, 3, height, width)))
+    torch.testing.assert_close(logits[0], GOLDEN[f"{case}/logits"], rtol=0, atol=2e-5)
+
+
+def test_features_of_the_authors_network_level_by_level():
+    model = _published("nat_mini")
+    with torch.no_grad():
+        features = model.forward_intermediates(
+            tensor("image_224x224", (1, 3, 224, 224)), output_fmt="NHWC", intermediates_only=True
+        )
+    assert len(features) == 4
+    for i, feature in enumerate(features):
+        golden = {k.split("/")[-1]: v for k, v in GOLDEN.items() if k.startswith(f"nat_mini/224x224/level{i}/")}
+        torch.testing.assert_close(feature.mean((0, 1, 2)), golden["channel_mean"], rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(feature[0, :3, :3, :16], golden["corner"], rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_size_and_cost_are_the_published_ones(name):
+    parameters, gmacs = PUBLISHED[name]
+    model = create_model(name, device="meta").eval()
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, 224, 224, device="meta"))
+    assert f"{counter.get_total_flops() / 2e9:.1f}" == gmacs
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_backward_reaches_every_parameter(name):
+    model = create_model(name, num_classes=42, drop_path_rate=0.0).train()
+    logits = model(torch.randn(2, 3, 128, 96))
+    assert logits.shape == (2, 42)
+    logits.square().mean().backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_default_cfg_describes_the_model(name):
+    model = create_model(name).eval()
+    cfg = model.default_cfg
+    state_dict = model.state_dict()
+    assert f"{cfg['classifier']}.weight" in state_dict and f"{cfg['first_conv']}.weight" in state_dict
+    assert model.get_classifier() is model.get_submodule(cfg["classifier"])
+    x = torch.randn(1, *cfg["input_size"])
+    with torch.no_grad():
+        features = model.forward_features(x)
+        assert features.shape == (1, *cfg["pool_size"], model.num_features)
+        assert model.forward_head(features, pre_logits=True).shape == (1, model.head_hidden_size)
+        model.reset_classifier(0)
+        assert model(x).shape == (1, model.num_features)
+        model.reset_classifier(0, "")
+        assert torch.equal(model(x), features)
+        model.reset_classifier(7, "avg")
+        assert model(x).shape == (1, 7) and model.num_classes == 7
+    data = resolve_model_data_config(model)
+    assert (data["crop_pct"], data["interpolation"], data["input_size"]) == (0.875, "bicubic", (3, 224, 224))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_features_only_hands_out_nchw_maps(name):
+    model = create_model(name, features_only=True).eval()
+    assert model.feature_info.reduction() == [4, 8, 16, 32]
+    with torch.no_grad():
+        features = model(torch.randn(1, 3, 96, 128))
+    for feature, channels, reduction in zip(
+        features, model.feature_info.channels(), model.feature_info.reduction(), strict=True
+    ):
+        assert feature.shape == (1, channels, 96 // reduction, 128 // reduction)
+
+
+@pytest.mark.parametrize("out_indices", [(0, 2), (3,), (-2,), 2])
+def test_features_only_takes_the_levels_asked_for(out_indices):
+    torch.manual_seed(0)
+    every = _small(features_only=True).eval()
+    torch.manual_seed(0)
+    some = _small(features_only=True, out_indices=out_indices).eval()
+    x = torch.randn(1, 3, 64, 64)
+    indices = range(4 - out_indices, 4) if isinstance(out_indices, int) else out_indices
+    expected = [every(x)[i] for i in indices]
+    torch.testing.assert_close(some(x), expected)
+    assert some.feature_info.channels() == [f.shape[1] for f in expected]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_forward_intermediates_ends_in_forward_features(name):
+    model = create_model(name).eval()
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = model.forward_features(x)
+        output, intermediates = model.forward_intermediates(x, norm=True)
+        assert torch.equal(output, expected)
+        torch.testing.assert_close(intermediates[-1].permute(0, 2, 3, 1), expected)
+        early = model.forward_intermediates(x, indices=[0, 1], stop_early=True, intermediates_only=True)
+        nhwc = model.forward_intermediates(x, indices=2, output_fmt="NHWC", intermediates_only=True)
+    assert [f.shape[1] for f in early] == [f["num_chs"] for f in model.feature_info[:2]]
+    assert [f.shape[-1] for f in nhwc] == [f["num_chs"] for f in model.feature_info[2:]]
+
+
+def test_forward_intermediates_refuses_another_format():
+    with pytest.raises(ValueError, match="'NCHW' or 'NHWC', got output_fmt='NLC'"):
+        _small().forward_intermediates(torch.randn(1, 3, 32, 32), output_fmt="NLC")
+
+
+@pytest.mark.parametrize("indices", [1, [0, 2], [3]])
+def test_pruned_models_keep_what_was_asked_for(indices):
+    model = _small().eval()
+    x = torch.randn(1, 3, 64, 64)
+    expected = model.forward_intermediates(x, indices=indices, intermediates_only=True)
+    kept = model.prune_intermediate_layers(indices)
+    torch.testing.assert_close(model.forward_intermediates(x, indices=kept, intermediates_only=True), expected)
+    assert model(x).shape[-1] == model.num_features
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fx_graph_runs_forward_and_backward(name):
+    # head.drop is followed by Identity: the graph's output is the logits' input, as in timm's own tests.
+    model = create_model(name, num_classes=5, drop_path_rate=0.0)
+    graph = timm.models._features_fx.GraphExtractNet(model, ["head.fc"])
+    x = torch.randn(2, 3, 64, 64)
+    output = graph(x)
+    torch.testing.assert_close(output, model(x))
+    output.mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_grad_checkpointing_changes_nothing(name):
+    model = create_model(name, num_classes=5, drop_path_rate=0.0).train()
+    x = torch.randn(1, 3, 64, 64)
+    model(x).square().sum().backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    model.set_grad_checkpointing()
+    model(x).square().sum().backward()
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[n], msg=lambda m, n=n: f"{n}: {m}")
+
+
+def test_torchscript_trace_agrees():
+    model = _small().eval()
+    traced = torch.jit.trace(model, torch.randn(1, 3, 64, 64))
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(traced(x), model(x))
+
+
+def test_compiles_as_one_graph():
+    model = _small().eval()
+    x = torch.randn(2, 3, 64, 96)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (96, 96), (100, 260), (225, 32)])
+def test_any_image_size_runs_forward_and_backward(size):
+    model = _small()
+    logits = model(torch.randn(1, 3, *size))
+    assert logits.shape == (1, 10) and torch.isfinite(logits).all()
+    logits.sum().backward()
+
+
+@pytest.mark.parametrize("in_chans", [1, 2, 4])
+def test_in_chans(in_chans):
+    assert _small(in_chans=in_chans)(torch.randn(1, in_chans, 32, 32)).shape == (1, 10)
+
+
+@pytest.mark.parametrize("global_pool", ["avg", "max", "avgmax", "catavgmax"])
+def test_global_pool(global_pool):
+    model = _small(global_pool=global_pool)
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 10)
+    assert model.head_hidden_size == model.num_features * (2 if global_pool == "catavgmax" else 1)
+
+
+def test_drop_rates_act_in_training_alone():
+    rates = dict(drop_rate=0.1, proj_drop_rate=0.1, attn_drop_rate=0.1, drop_path_rate=0.1)
+    model = _small(**rates)
+    x = torch.randn(4, 3, 64, 64)
+    assert not torch.equal(model(x), model(x))
+    model(x).sum().backward()
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_dtype_and_device_are_constructor_arguments(dtype):
+    model = _small(dtype=dtype, init_values=1e-5)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert model(torch.randn(1, 3, 64, 64, dtype=dtype)).dtype == dtype
+    model.reset_classifier(3)
+    assert model.head.fc.weight.dtype == dtype
+    meta = _small(device="meta", init_values=1e-5)
+    assert {p.device.type for p in meta.parameters()} == {"meta"}
+
+
+def test_bfloat16_follows_float32():
+    model = _published("nat_mini")
+    x = tensor("image_96x96", (1, 3, 96, 96))
+    with torch.no_grad():
+        expected = model(x)[0]
+        logits = model.bfloat16()(x.bfloat16())[0].float()
+    # 18 blocks of bfloat16 rounding (8 bits): the direction holds to three digits.
+    assert torch.nn.functional.cosine_similarity(logits, expected, dim=0) > 0.999
+
+
+@pytest.mark.parametrize(
+    "typo", [dict(drop_pathrate=0.1), dict(window_size=7), dict(kernel=5), dict(depth=2), dict(img_size=224)]
+)
+def test_misspelt_arguments_are_errors(typo):
+    with pytest.raises(TypeError, match=next(iter(typo))):
+        create_model("nat_mini", **typo)
+
+
+def test_depths_and_heads_must_agree():
+    with pytest.raises(ValueError, match=r"depths=\(1, 1\), num_heads=\(1, 2, 4\)"):
+        create_model("nat_mini", depths=(1, 1), num_heads=(1, 2, 4))
+
+
+def test_none_arguments_mean_default():
+    # timm's scripts pass None for what the user left out.
+    assert create_model("nat_mini", drop_rate=None, global_pool=None).global_pool == "avg"
+
+
+def test_set_input_size_changes_nothing():
+    model = _small().eval()
+    x = torch.randn(1, 3, 80, 48)
+    expected = model(x)
+    model.set_input_size(img_size=(64, 96))
+    assert torch.equal(model(x), expected)
+
+
+def test_no_weight_decay_names_every_rpb():
+    model = _small()
+    expected = {name for name, _ in model.named_parameters() if "rpb" in name}
+    assert model.no_weight_decay() == expected and len(expected) == 5
+
+
+def test_optimizer_decays_neither_rpb_nor_biases_and_scales_by_depth():
+    model = _small(init_values=1e-5)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1.0, weight_decay=0.05, layer_decay=0.5)
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    groups = {name: group_of[id(p)] for name, p in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        assert (groups[name]["weight_decay"] > 0) == (parameter.ndim > 1 and "rpb" not in name), name
+    ordered = ["patch_embed.proj.0.weight", "levels.0.blocks.0.mlp.fc1.weight", "levels.1.downsample.reduction.weight"]
+    ordered += ["levels.2.blocks.0.attn.qkv.weight", "levels.2.blocks.1.attn.qkv.weight", "head.fc.weight"]
+    scales = [groups[name]["lr_scale"] for name in ordered]
+    assert scales == sorted(scales) and len(set(scales)) >= 5 and scales[-1] == 1.0
+
+
+@pytest.mark.parametrize("coarse", [True, False])
+def test_every_parameter_has_a_group(coarse):
+    model = _small()
+    groups = timm.models.group_parameters(model, model.group_matcher(coarse=coarse))
+    assert sum(len(names) for names in groups.values()) == len(list(model.parameters()))
+    # The stem, then levels or blocks (a downsampling goes with the block behind it), then the head.
+    assert len(groups) == 1 + (4 if coarse else 5) + 1

@@ -1,0 +1,305 @@
+"""na2d: the golden values, the contract of a PyTorch operator, and errors that say what is wrong."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.autograd import gradcheck
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+from nat_models.ops import BACKENDS, blocked, explain, na2d, reference, use_backend
+from nat_models.ops.window import window
+from tests.conftest import FIXTURES, tensor
+
+# name: B, heads, H, W, head_dim, K, dilation
+GOLDEN = {
+    "whole": (1, 2, 7, 7, 8, 7, 1),
+    "square": (2, 2, 12, 12, 8, 7, 1),
+    "wide": (1, 2, 8, 15, 16, 7, 1),
+    "tall": (1, 1, 13, 7, 32, 7, 1),
+    "k3": (1, 2, 9, 11, 8, 3, 1),
+    "k5": (1, 3, 6, 5, 8, 5, 1),
+    "k9": (1, 1, 10, 12, 8, 9, 1),
+    "k11": (1, 1, 11, 13, 8, 11, 1),
+    "k13": (1, 1, 13, 14, 8, 13, 1),
+    "dil2": (1, 2, 14, 15, 8, 7, 2),
+    "dil3": (1, 1, 10, 11, 8, 3, 3),
+    "dil4_ragged": (1, 1, 30, 29, 8, 7, 4),
+    "nobias": (1, 2, 9, 10, 8, 7, 1),
+}
+
+# B, H, W, heads, head_dim, kernel_size, dilation: H != W, primes, windows and dilations that differ by axis
+GRID = [
+    (2, 11, 17, 2, 8, (3, 7), (1, 1)),
+    (1, 23, 19, 1, 20, (7, 7), (1, 1)),
+    (1, 29, 31, 2, 4, (5, 3), (2, 5)),
+    (3, 21, 8, 1, 8, (7, 3), (3, 1)),
+    (1, 16, 33, 1, 8, (9, 11), (1, 3)),
+    (1, 7, 40, 2, 8, (7, 5), (1, 8)),
+]
+
+
+@pytest.fixture(params=["whole", "tile 7", "tile 4"])
+def tiling(request, monkeypatch) -> None:
+    """Runs a test with the map as one tile and cut into tiles that do and do not divide it."""
+    whole = request.param == "whole"
+    monkeypatch.setattr(blocked, "_WHOLE_MAP_QUERIES", 10**9 if whole else 0)
+    monkeypatch.setattr(blocked, "_TILE", 0 if whole else int(request.param[-1]))
+    monkeypatch.setitem(blocked._CHUNK_ELEMENTS, "cpu", 1 << 10)  # so that batches are cut too
+
+
+def _relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+def _inputs(batch, height, width, heads, head_dim, kernel_size, dtype=torch.float64, requires_grad=False):
+    qkv = torch.randn(batch, height, width, 3, heads, head_dim, dtype=dtype)
+    rpb = torch.randn(heads, 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1, dtype=dtype)
+    query, key, value = qkv.unbind(3)
+    return [x.requires_grad_(requires_grad) for x in (query, key, value, rpb)]
+
+
+def _gradients(output, inputs):
+    # A fixed, uneven weighting, so that no gradient cancels.
+    weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).sin().view_as(output)
+    return torch.autograd.grad((output * weight).sum(), inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", GOLDEN)
+def test_values_and_gradients_of_the_authors_operator(case, backend, tiling):
+    batch, heads, height, width, head_dim, kernel_size, dilation = GOLDEN[case]
+    shape = (batch, heads, height, width, head_dim)
+    golden = {k.removeprefix(f"{case}/"): v for k, v in load_file(FIXTURES / "na2d.safetensors").items()}
+    # The fixtures have heads before the map.
+    query, key, value, grad = (
+        tensor(f"{case}/{name}", shape).permute(0, 2, 3, 1, 4).contiguous().requires_grad_()
+        for name in ("query", "key", "value", "grad_output")
+    )
+    rpb = None
+    if case != "nobias":
+        rpb = tensor(f"{case}/rpb", (heads, 2 * kernel_size - 1, 2 * kernel_size - 1)).requires_grad_()
+    with use_backend(backend):
+        output = na2d(query, key, value, kernel_size=kernel_size, dilation=dilation, rpb=rpb)
+        output.backward(grad.detach())
+    actual = {"output": output, "grad_query": query.grad, "grad_key": key.grad, "grad_value": value.grad}
+    actual = {name: x.detach().permute(0, 3, 1, 2, 4) for name, x in actual.items()}
+    if rpb is not None:
+        actual["grad_rpb"] = rpb.grad
+    assert actual.keys() == {name.split("/")[-1] for name in golden if name.startswith(("output", "grad"))}
+    for name, value in actual.items():
+        # float32 rounding over a few dozen terms; the fixtures were computed in float64.
+        assert _relative_error(value, golden[name]) < (2e-6 if name == "output" else 2e-5), name
+
+
+@pytest.mark.parametrize("case", GRID)
+def test_blocked_is_the_reference(case, tiling):
+    *shape, kernel_size, dilation = case
+    inputs = _inputs(*shape, kernel_size, requires_grad=True)
+    query, key, value, rpb = inputs
+    expected = reference.na2d(query, key, value, rpb, kernel_size, dilation, 0.3)
+    expected_grads = _gradients(expected, inputs)
+    output = na2d(query, key, value, kernel_size=kernel_size, dilation=dilation, rpb=rpb, scale=0.3)
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(_gradients(output, inputs), expected_grads, rtol=1e-11, atol=1e-11)
+    # The same path in plain autograd, which dropout and export take.
+    plain = blocked.na2d(query, key, value, rpb, kernel_size, dilation, 0.3)
+    torch.testing.assert_close(plain, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(_gradients(plain, inputs), expected_grads, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("length", "kernel_size", "dilation"), [(7, 7, 1), (13, 5, 1), (29, 7, 4), (31, 3, 8)])
+def test_every_query_has_exactly_k_distinct_keys_of_its_group(length, kernel_size, dilation):
+    keys, offsets = window(length, kernel_size, dilation)
+    for query in range(length):
+        row = keys[query].tolist()
+        assert len(set(row)) == kernel_size
+        assert all(0 <= key < length and key % dilation == query % dilation for key in row)
+        assert query in row
+        assert offsets[query].tolist() == [(key - query) // dilation + kernel_size - 1 for key in row]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_low_precision_agrees_with_float32_within_rounding(backend, dtype):
+    query, key, value, rpb = _inputs(2, 15, 18, 2, 32, (7, 7), torch.float32)
+    low = [x.to(dtype).requires_grad_() for x in (query, key, value)] + [rpb.requires_grad_()]
+    exact = [x.detach().float().requires_grad_() for x in low]
+    with use_backend(backend):
+        output = na2d(*low[:3], kernel_size=7, rpb=low[3])
+        expected = na2d(*exact[:3], kernel_size=7, rpb=exact[3])
+        grads = _gradients(output, low)
+        expected_grads = _gradients(expected, exact)
+    assert output.dtype == dtype
+    assert [g.dtype for g in grads] == [dtype] * 3 + [torch.float32]
+    # A few roundings of the low dtype, relative to the largest value.
+    tolerance = 4 * torch.finfo(dtype).eps
+    for actual, wide in zip((output, *grads), (expected, *expected_grads), strict=True):
+        assert _relative_error(actual.float(), wide) < tolerance
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_logits_stay_finite(backend):
+    query, key, value, rpb = _inputs(1, 9, 11, 1, 8, (7, 7), torch.float32, requires_grad=True)
+    with use_backend(backend):
+        output = na2d(query, key, value, kernel_size=7, rpb=rpb, scale=1e4)
+        grads = _gradients(output, [query, key, value, rpb])
+    assert all(torch.isfinite(x).all() for x in (output, *grads))
+
+
+def test_scale_zero_is_honoured():
+    query, key, value, _ = _inputs(1, 7, 7, 1, 8, (7, 7))
+    output = na2d(query, key, value, kernel_size=7, scale=0.0)
+    torch.testing.assert_close(output, value.mean((1, 2), keepdim=True).expand_as(value))
+
+
+def test_views_of_a_packed_qkv_are_not_copied_and_give_the_same_bits():
+    qkv = torch.randn(2, 9, 12, 3, 2, 8)
+    packed = na2d(*qkv.unbind(3), kernel_size=3)
+    apart = na2d(*(x.contiguous() for x in qkv.unbind(3)), kernel_size=3)
+    assert torch.equal(packed, apart)
+    assert packed.is_contiguous()
+
+
+def test_empty_batch_gives_empty_result_and_zero_rpb_gradient():
+    query, key, value, rpb = _inputs(0, 9, 12, 2, 8, (3, 3), requires_grad=True)
+    output = na2d(query, key, value, kernel_size=3, rpb=rpb)
+    output.sum().backward()
+    assert output.shape == (0, 9, 12, 2, 8)
+    assert torch.equal(rpb.grad, torch.zeros_like(rpb))
+
+
+def test_same_input_same_bits():
+    inputs = _inputs(2, 30, 25, 2, 16, (7, 7), torch.float32, requires_grad=True)
+
+    def run():
+        output = na2d(*inputs[:3], kernel_size=7, rpb=inputs[3])
+        return output, *_gradients(output, inputs)
+
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("with_rpb", [True, False])
+def test_gradcheck(with_rpb, tiling):
+    query, key, value, rpb = _inputs(1, 5, 6, 2, 2, (3, 3), requires_grad=True)
+    if with_rpb:
+        assert gradcheck(lambda q, k, v, r: na2d(q, k, v, kernel_size=3, rpb=r), (query, key, value, rpb))
+    else:
+        assert gradcheck(lambda q, k, v: na2d(q, k, v, kernel_size=3, dilation=(1, 2)), (query, key, value))
+
+
+@pytest.mark.parametrize("with_rpb", [True, False])
+def test_opcheck(with_rpb):
+    query, key, value, rpb = _inputs(1, 9, 12, 2, 8, (3, 5), torch.float32, requires_grad=True)
+    args = (query, key, value, rpb if with_rpb else None, (3, 5), (2, 1), 0.25)
+    opcheck(torch.ops.nat_models.na2d.default, args)
+    opcheck(
+        torch.ops.nat_models.na2d_backward.default, [x.detach() if torch.is_tensor(x) else x for x in (query, *args)]
+    )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_as_one_graph(dynamic):
+    inputs = _inputs(2, 9, 12, 2, 8, (3, 3), torch.float32, requires_grad=True)
+
+    @torch.compile(fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    def attend(query, key, value, rpb):
+        return na2d(query, key, value, kernel_size=3, rpb=rpb)
+
+    expected = na2d(*inputs[:3], kernel_size=3, rpb=inputs[3])
+    output = attend(*inputs)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(_gradients(output, inputs), _gradients(expected, inputs))
+
+
+def test_exports_as_one_node():
+    class Attend(torch.nn.Module):
+        def forward(self, query, key, value, rpb):
+            return na2d(query, key, value, kernel_size=3, rpb=rpb)
+
+    inputs = _inputs(2, 9, 12, 2, 8, (3, 3), torch.float32)
+    program = torch.export.export(Attend(), tuple(inputs))
+    assert torch.ops.nat_models.na2d.default in {node.target for node in program.graph.nodes}
+    torch.testing.assert_close(program.module()(*inputs), Attend()(*inputs))
+
+
+def test_autocast_computes_in_its_dtype_and_keeps_rpb_exact():
+    query, key, value, rpb = _inputs(1, 9, 9, 1, 8, (3, 3), torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = na2d(query, key, value, kernel_size=3, rpb=rpb)
+    expected = na2d(*(x.bfloat16() for x in (query, key, value)), kernel_size=3, rpb=rpb)
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_flop_counter_knows_forward_and_backward(requires_grad):
+    query, key, value, _ = _inputs(2, 9, 12, 3, 8, (3, 5), torch.float32, requires_grad=requires_grad)
+    with FlopCounterMode(display=False) as counter:
+        output = na2d(query, key, value, kernel_size=(3, 5))
+        if requires_grad:
+            output.sum().backward()
+    products = 2 + 5 * requires_grad  # of 2 FLOPs for each query, key of its window and channel
+    assert counter.get_total_flops() == products * 2 * (2 * 9 * 12) * (3 * 5) * (3 * 8)
+
+
+def test_meta_tensors_give_shapes():
+    query = torch.empty(2, 9, 12, 3, 8, device="meta", dtype=torch.float16)
+    output = na2d(query, query, query, kernel_size=7)
+    assert (output.shape, output.dtype, output.device.type) == (query.shape, torch.float16, "meta")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(kernel_size=4), r"odd and at least 3, got kernel_size=4"),
+        (dict(kernel_size=1), r"odd and at least 3, got kernel_size=1"),
+        (dict(kernel_size=(3, 3, 3)), r"int or two ints.*\(3, 3, 3\)"),
+        (dict(kernel_size=3.0), r"kernel_size must be an int or two ints"),
+        (dict(dilation=0), r"at least 1, got dilation=0"),
+        (dict(kernel_size=13), r"fit in the map.*9 x 12.*\(13, 13\)"),
+        (dict(kernel_size=3, dilation=4), r"fit in the map.*9 x 12.*\(4, 4\)"),
+        (dict(key=torch.zeros(1, 9, 12, 2, 4)), r"key must match query.*\(1, 9, 12, 2, 4\).*\(1, 9, 12, 2, 8\)"),
+        (dict(value=torch.zeros(1, 9, 12, 2, 8).double()), r"value must match query.*torch.float64"),
+        (dict(rpb=torch.zeros(2, 5, 6)), r"rpb must be.*\(2, 5, 5\).*got \(2, 5, 6\)"),
+        (dict(rpb=torch.zeros(2, 5, 5).double()), r"rpb must be.*torch.float64"),
+        (dict(query=torch.zeros(9, 12, 2, 8)), r"query must be \[B, H, W, num_heads, head_dim\].*\(9, 12, 2, 8\)"),
+    ],
+)
+def test_bad_arguments_are_named_with_the_rule(change, message):
+    x = torch.zeros(1, 9, 12, 2, 8)
+    arguments = dict(query=x, key=x, value=x, kernel_size=3) | change
+    with pytest.raises(ValueError, match=message):
+        na2d(**arguments)
+
+
+def test_integer_tensors_are_refused():
+    x = torch.zeros(1, 9, 12, 2, 8, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"floating-point dtype, got torch.int64"):
+        na2d(x, x, x, kernel_size=3)
+
+
+def test_an_unknown_backend_is_an_error():
+    with pytest.raises(ValueError, match="'fast', known are blocked, reference"), use_backend("fast"):
+        pass
+
+
+def test_use_backend_is_undone():
+    before = explain()
+    with use_backend("reference"):
+        assert "na2d runs on reference" in explain()
+    assert explain() == before
+
+
+def test_module_report_follows_the_environment(monkeypatch):
+    monkeypatch.setenv("NAT_MODELS_BACKEND", "reference")
+    run = subprocess.run([sys.executable, "-m", "nat_models"], capture_output=True, text=True, check=True)
+    assert "na2d runs on reference, asked for by NAT_MODELS_BACKEND" in run.stdout
+
+
+def test_plans_are_cached_within_bounds():
+    for cached in (blocked._axis, blocked._mask_index):
+        assert cached.cache_info().maxsize is not None
