@@ -329,6 +329,14 @@ def test_a_checkpoint_file_is_where_training_starts(data, run, tmp_path):
     assert other_head.num_classes == 5
 
 
+def test_a_run_is_resumed_without_the_checkpoint_it_began_from(data, run, tmp_path):
+    shutil.copy(run[0] / "last" / "model.safetensors", tmp_path)
+    cfg = config(data, tmp_path / "o", epochs=1, warmup_epochs=0, checkpoint=str(tmp_path / "model.safetensors"))
+    rows = script.train(cfg)
+    (tmp_path / "model.safetensors").unlink()
+    assert script.train(cfg, resume=True) == rows
+
+
 @pytest.mark.parametrize("path", sorted((SCRIPTS.parent / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_recipe_is_valid(path):
     cfg, _ = script.parse_args(["--config", str(path), "--data", "x"])

@@ -1,0 +1,144 @@
+"""Loading from the Hub: the real client against a hub served on 127.0.0.1, in fresh processes.
+
+huggingface_hub reads its endpoint and its cache once, at import, so every case runs in a process of its own.
+"""
+
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save
+from timm.models import create_model, save_for_hf
+
+from nat_models.checkpoints import convert_state_dict
+from tests.conftest import FIXTURES, original_state_dict
+from tests.hub import Hub, client_environment
+
+REPO = "shi-labs/nat-mini-in1k-224"
+
+
+@pytest.fixture
+def hub():
+    hub = Hub()
+    yield hub
+    hub.close()
+
+
+@pytest.fixture(scope="module")
+def published() -> dict[str, torch.Tensor]:
+    return convert_state_dict(original_state_dict("nat_mini"), "transformers")
+
+
+def _bin(state_dict) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state_dict, buffer)
+    return buffer.getvalue()
+
+
+_CHECK_LOGITS = f"""
+from safetensors.torch import load_file
+from tests.conftest import tensor
+golden = load_file({str(FIXTURES / "nat_models.safetensors")!r})["nat_mini/96x96/logits"]
+with torch.no_grad():
+    logits = model.eval()(tensor("image_96x96", (1, 3, 96, 96)))[0]
+torch.testing.assert_close(logits, golden, rtol=0, atol=2e-5)
+print("logits hold")
+"""
+
+
+def _run(hub: Hub | None, cache, code: str, **environment: str) -> subprocess.CompletedProcess:
+    # A closed port stands for a network that is down.
+    endpoint = hub.endpoint if hub else "http://127.0.0.1:9"
+    environment = client_environment(endpoint, cache) | environment
+    return subprocess.run(
+        [sys.executable, "-c", "import timm, torch, nat_models\n" + code],
+        env={**os.environ, **environment},
+        cwd=FIXTURES.parents[1],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def _error(run: subprocess.CompletedProcess) -> str:
+    assert run.returncode != 0, run.stdout
+    last = run.stderr.strip().split("nat_models.checkpoints.CheckpointError: ")
+    assert len(last) == 2, f"not one CheckpointError: {run.stderr}"
+    return last[1]
+
+
+LOAD = 'model = timm.create_model("nat_mini", pretrained=True)\n'
+
+
+def test_pretrained_takes_safetensors_first(hub, tmp_path, published):
+    hub.files[REPO] = {"model.safetensors": save(published), "pytorch_model.bin": b"not asked for"}
+    run = _run(hub, tmp_path, LOAD + _CHECK_LOGITS)
+    assert run.stdout == "logits hold\n", run.stderr
+    assert hub.downloads() == {"model.safetensors"}
+
+
+def test_pretrained_falls_back_to_the_pickle_and_then_works_offline(hub, tmp_path, published):
+    hub.files[REPO] = {"pytorch_model.bin": _bin(published)}
+    code = LOAD.replace("nat_mini", "nat_mini.shi_in1k") + _CHECK_LOGITS
+    assert _run(hub, tmp_path, code).stdout == "logits hold\n"
+    assert hub.downloads() == {"pytorch_model.bin"}
+    hub.requests.clear()
+    run = _run(None, tmp_path, code, HF_HUB_OFFLINE="1")
+    assert run.stdout == "logits hold\n", run.stderr
+    assert not hub.requests
+
+
+def test_the_authors_layout_on_a_hub_loads_too(hub, tmp_path):
+    hub.files["someone/nat"] = {"nat_mini.pth": _bin({"state_dict": original_state_dict("nat_mini")})}
+    overlay = "pretrained_cfg_overlay=dict(hf_hub_id='someone/nat', hf_hub_filename='nat_mini.pth')"
+    run = _run(hub, tmp_path, LOAD.replace("pretrained=True", f"pretrained=True, {overlay}") + _CHECK_LOGITS)
+    assert run.stdout == "logits hold\n", run.stderr
+
+
+def test_hf_hub_repositories_in_timm_format_load(hub, tmp_path):
+    model = create_model("nat_mini", embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), num_classes=3).eval()
+    save_for_hf(model, tmp_path / "repo", model_config=dict(label_names=["a", "b", "c"]), safe_serialization=True)
+    hub.files["someone/fine-tune"] = {f.name: f.read_bytes() for f in (tmp_path / "repo").iterdir()}
+    x = torch.linspace(-2, 2, 3 * 64 * 64).sin().view(1, 3, 64, 64)
+    code = """
+model = timm.create_model("hf-hub:someone/fine-tune", pretrained=True).eval()
+x = torch.linspace(-2, 2, 3 * 64 * 64).sin().view(1, 3, 64, 64)
+print(model.pretrained_cfg["label_names"], model(x).tolist())
+"""
+    run = _run(hub, tmp_path / "cache", code)
+    assert run.stdout.strip() == f"['a', 'b', 'c'] {model(x).tolist()}", run.stderr
+
+
+def test_a_missing_repository_is_one_clear_error(hub, tmp_path):
+    assert f"nat_mini: there is no repository {REPO}" in _error(_run(hub, tmp_path, LOAD))
+
+
+def test_a_repository_without_weights_is_one_clear_error(hub, tmp_path):
+    hub.files[REPO] = {"README.md": b"hello"}
+    message = _error(_run(hub, tmp_path, LOAD))
+    assert f"nat_mini: {REPO} on the Hugging Face Hub holds no weights" in message
+    assert "expected model.safetensors or pytorch_model.bin" in message
+
+
+@pytest.mark.parametrize("environment", [{}, {"HF_HUB_OFFLINE": "1"}])
+def test_no_connection_and_no_cache_is_one_clear_error(tmp_path, environment):
+    message = _error(_run(None, tmp_path, LOAD, **environment))
+    assert f"nat_mini: {REPO} on the Hugging Face Hub is neither in the local cache" in message
+    assert "pretrained_cfg_overlay=dict(file=" in message
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_cut_off_file_is_named_in_the_cache(hub, tmp_path, published, name):
+    content = save(published) if name.endswith("safetensors") else _bin(published)
+    hub.files[REPO] = {name: content[: len(content) // 2]}
+    message = _error(_run(hub, tmp_path, LOAD))
+    assert "cannot be read: it is cut off" in message
+    assert str(tmp_path) in message and name in message  # the path to delete
+
+
+def test_a_wrong_layout_on_the_hub_is_one_clear_error(hub, tmp_path):
+    hub.files[REPO] = {"model.safetensors": save({"conv1.weight": torch.zeros(3)})}
+    assert "not a NAT in a known layout. Found keys such as 'conv1.weight'" in _error(_run(hub, tmp_path, LOAD))
