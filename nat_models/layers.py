@@ -83,16 +83,19 @@ class NeighborhoodAttention2d(nn.Module):
         qkv = self._pad(self.qkv(x))
         qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
         query, key, value = qkv.unbind(3)
-        if self.training and self.attn_drop > 0.0:
-            x = blocked.na2d(
-                query, key, value, self.rpb, self.kernel_size, self.dilation, self.scale, dropout_p=self.attn_drop
-            )
-        else:
-            x = na2d(
-                query, key, value, kernel_size=self.kernel_size, dilation=self.dilation, rpb=self.rpb, scale=self.scale
-            )
+        x = self._attend(query, key, value)
         x = x[:, :height, :width].flatten(3)
         return self.proj_drop(self.proj(x))
+
+    @torch.jit.ignore  # the choice of a backend is Python: a scripted model runs and trains but cannot be saved
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self.training and self.attn_drop > 0.0:
+            return blocked.na2d(
+                query, key, value, self.rpb, self.kernel_size, self.dilation, self.scale, dropout_p=self.attn_drop
+            )
+        return na2d(
+            query, key, value, kernel_size=self.kernel_size, dilation=self.dilation, rpb=self.rpb, scale=self.scale
+        )
 
     def _pad(self, qkv: Tensor) -> Tensor:
         """Grows a small map [B, H, W, 3 * C] to its window with what the projection makes of a zero token."""

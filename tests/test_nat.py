@@ -191,6 +191,15 @@ def test_torchscript_trace_agrees():
     torch.testing.assert_close(traced(x), model(x))
 
 
+def test_torchscript_runs_and_says_why_it_cannot_be_saved(tmp_path):
+    model = _small(scriptable=True)
+    scripted = torch.jit.script(model.eval())
+    x = torch.randn(1, 3, 64, 96)
+    torch.testing.assert_close(scripted(x), model(x))
+    with pytest.raises(RuntimeError, match="Could not export Python function call '_attend'"):
+        scripted.save(tmp_path / "model.pt")
+
+
 def test_compiles_as_one_graph():
     model = _small().eval()
     x = torch.randn(2, 3, 64, 96)
