@@ -215,7 +215,7 @@ class NAT(nn.Module):
             input_fmt=self.output_fmt,
             **dd,
         )
-        self.head_hidden_size = self.head.num_features
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
         self.apply(_init_weights)
 
     @torch.jit.ignore
@@ -246,8 +246,11 @@ class NAT(nn.Module):
         self.num_classes = num_classes
         if global_pool is not None:
             self.global_pool = global_pool
+        self.head.in_features = self.num_features  # pruning may have changed it
         self.head.reset(num_classes, pool_type=global_pool)
-        self.head_hidden_size = self.head.num_features
+        stem = self.patch_embed.proj[0].weight
+        self.head.to(stem.device, stem.dtype)  # older timm makes the new head a float32 one on the CPU
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
     def forward_intermediates(
         self,
@@ -296,7 +299,7 @@ class NAT(nn.Module):
         if prune_norm or cut:
             self.norm = nn.Identity()
         if cut:
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+            self.num_features = self.feature_info[last]["num_chs"]
         if prune_head or cut:
             self.reset_classifier(0, "")
         return take

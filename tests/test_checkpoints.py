@@ -256,14 +256,17 @@ def test_pickles_that_run_code_are_refused(tmp_path):
 def test_save_for_hf_and_local_dir_are_inverse(tmp_path):
     model = _small(num_classes=4, in_chans=1, kernel_size=5)
     labels = ["ant", "bee", "cat", "dog"]
-    data_config = dict(input_size=(1, 48, 80), crop_pct=1.0)
-    model_config = dict(label_names=labels)
-    save_for_hf(model, tmp_path, model_config=model_config, data_config=data_config, safe_serialization=True)
+    save_for_hf(
+        model,
+        tmp_path,
+        model_config=dict(label_names=labels),
+        model_args=dict(SMALL, kernel_size=5, in_chans=1),  # timm before 1.0.31 does not record them itself
+        safe_serialization=True,
+    )
     loaded = create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     image = torch.randn(1, 1, 48, 80)
     assert torch.equal(loaded(image), model(image))
     assert loaded.pretrained_cfg["label_names"] == labels
-    assert loaded.pretrained_cfg["input_size"] == (1, 48, 80) and loaded.pretrained_cfg["crop_pct"] == 1.0
     with_new_head = create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=9)
     assert with_new_head.head.fc.out_features == 9
     assert _loaded_part(with_new_head, model.state_dict(), without="head")

@@ -157,6 +157,8 @@ def test_pruned_models_keep_what_was_asked_for(indices):
     kept = model.prune_intermediate_layers(indices)
     torch.testing.assert_close(model.forward_intermediates(x, indices=kept, intermediates_only=True), expected)
     assert model(x).shape[-1] == model.num_features
+    model.reset_classifier(6, "avg")  # a pruned backbone takes a new head
+    assert model(x).shape == (1, 6)
 
 
 @pytest.mark.parametrize("name", MODELS)
