@@ -9,7 +9,7 @@ from timm.layers import trunc_normal_
 from timm.models import register_notrace_module
 from torch import Tensor
 
-from .ops import blocked, na2d
+from .ops import blocked, na2d_packed
 from .ops.window import window_pair
 
 
@@ -81,21 +81,17 @@ class NeighborhoodAttention2d(nn.Module):
         """[B, H, W, C] -> [B, H, W, C]."""
         _, height, width, _ = x.shape
         qkv = self._pad(self.qkv(x))
-        qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
-        query, key, value = qkv.unbind(3)
-        x = self._attend(query, key, value)
+        x = self._attend(qkv.unflatten(-1, (3, self.num_heads, self.head_dim)))
         x = x[:, :height, :width].flatten(3)
         return self.proj_drop(self.proj(x))
 
     @torch.jit.ignore  # the choice of a backend is Python: a scripted model runs and trains but cannot be saved
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _attend(self, qkv: Tensor) -> Tensor:
+        """[B, H, W, 3, num_heads, head_dim] -> [B, H, W, num_heads, head_dim]."""
         if self.training and self.attn_drop > 0.0:
-            return blocked.na2d(
-                query, key, value, self.rpb, self.kernel_size, self.dilation, self.scale, dropout_p=self.attn_drop
-            )
-        return na2d(
-            query, key, value, kernel_size=self.kernel_size, dilation=self.dilation, rpb=self.rpb, scale=self.scale
-        )
+            window = (self.rpb, self.kernel_size, self.dilation, self.scale)
+            return blocked.na2d(*qkv.unbind(3), *window, dropout_p=self.attn_drop)
+        return na2d_packed(qkv, kernel_size=self.kernel_size, dilation=self.dilation, rpb=self.rpb, scale=self.scale)
 
     def _pad(self, qkv: Tensor) -> Tensor:
         """Grows a small map [B, H, W, 3 * C] to its window with what the projection makes of a zero token."""

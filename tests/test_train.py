@@ -63,7 +63,7 @@ def config(data: Path, output: Path, **kwargs) -> script.Config:
     return script.Config(**{**TINY, "data": str(data), "output": str(output), **kwargs})
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not wider than one_thread, which would then come too late
 def run(data, tmp_path_factory) -> tuple[Path, list[dict]]:
     output = tmp_path_factory.mktemp("run") / "output"
     return output, script.train(config(data, output, ema_decay=0.9, mixup=0.2, drop_path=0.1, clip_grad=1.0))
@@ -75,8 +75,8 @@ def summary(output: Path) -> list[dict]:
 
 
 def same_course(a: Path, b: Path) -> None:
-    strip = [[{k: v for k, v in row.items() if k not in TIMING} for row in summary(x)] for x in (a, b)]
-    assert strip[0] == strip[1]
+    courses = [[{k: v for k, v in row.items() if k not in TIMING} for row in summary(x)] for x in (a, b)]
+    assert courses[0] == courses[1]
     for name in ("last", "best"):
         weights = [load_file(x / name / "model.safetensors") for x in (a, b)]
         assert weights[0].keys() == weights[1].keys()

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import blocked, reference
+from . import blocked, cpu, reference
 from .window import window_pair
 
-__all__ = ["BACKENDS", "explain", "na2d", "use_backend"]
+__all__ = ["BACKENDS", "explain", "na2d", "na2d_packed", "use_backend"]
 
 BACKENDS = {
+    "native": "the C++ kernel, forward and backward; CPU",
     "blocked": "tiles of queries against their halo through scaled_dot_product_attention; any device",
     "reference": "every key gathered, in plain autograd; slow, the meaning of the operator",
 }
@@ -32,7 +33,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     """
     global _requested
     if name is not None:
-        _check_backend(name, "use_backend")
+        _check_backend(name)
     previous, _requested = _requested, name
     try:
         yield
@@ -40,24 +41,47 @@ def use_backend(name: str | None) -> Iterator[None]:
         _requested = previous
 
 
-def _check_backend(name: str, origin: str) -> None:
+def _check_backend(name: str) -> None:
     if name not in BACKENDS:
-        raise ValueError(f"{origin} asks for the backend {name!r}, known are {', '.join(BACKENDS)}.")
+        raise ValueError(f"The backend asked for, {name!r}, does not exist; known are {', '.join(BACKENDS)}.")
 
 
-def _backend() -> str:
+def _why_not(name: str, device: str) -> str | None:
+    """Why a backend cannot run on a kind of device; None if it can."""
+    if name != "native":
+        return None
+    if device != "cpu":
+        return f"it runs on the CPU, not on {device}"
+    available, reason = cpu.available()
+    return None if available else reason
+
+
+def _backend(query: Tensor) -> str:
+    device = query.device.type
     if _requested is None:
-        return "blocked"
-    _check_backend(_requested, "NAT_MODELS_BACKEND")
+        return "blocked" if _why_not("native", device) else "native"
+    _check_backend(_requested)
+    if why := _why_not(_requested, device):
+        raise RuntimeError(f"The backend {_requested!r} was asked for and cannot run: {why}.")
     return _requested
 
 
-def explain() -> str:
-    """Which backend runs, which others there are, and how the choice was made. `python -m nat_models` prints it."""
-    chosen = _backend()
+def explain(device: str = "cpu") -> str:
+    """What na2d would run on, what the other backends are, and why those that cannot run cannot.
+
+    `python -m nat_models` prints it.
+    """
+    reasons = {name: _why_not(name, device) for name in BACKENDS}
+    chosen = _requested or next(name for name, why in reasons.items() if why is None)
+    _check_backend(chosen)
     origin = "chosen automatically" if _requested is None else "asked for by NAT_MODELS_BACKEND or use_backend"
-    lines = [f"na2d runs on {chosen}, {origin}."]
-    lines += [f"  {'*' if name == chosen else ' '} {name:10} {what}" for name, what in BACKENDS.items()]
+    lines = [f"On {device}, na2d runs on {chosen}, {origin}."]
+    for name, what in BACKENDS.items():
+        lines.append(f"  {'*' if name == chosen else ' '} {name:10} {what}")
+        if reasons[name] is not None:
+            lines.append(f"{'':13} cannot run: {reasons[name]}")
+        elif name == "native":
+            lines.append(f"{'':13} instruction set and threads: {cpu.available()[1]}")
     return "\n".join(lines)
 
 
@@ -94,20 +118,44 @@ def na2d(
 
     Source: Hassani et al., CVPR 2023, arXiv:2204.07143, section 3; dilation arXiv:2209.15001.
     """
-    kernel_size, dilation = window_pair(kernel_size, dilation)
-    if _autocast_enabled(query) and query.dtype != torch.float64:
-        query, key, value = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (query, key, value))
-    _check(query, key, value, rpb, kernel_size, dilation)
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
-    if _backend() == "reference":
+    query, key, value = map(_autocast, (query, key, value))
+    window = _window(query, key, value, rpb, kernel_size, dilation, scale)
+    if _requested == "reference":
         with _autocast_off(query):
-            return reference.na2d(query, key, value, rpb, kernel_size, dilation, scale)
-    return torch.ops.nat_models.na2d(query, key, value, rpb, kernel_size, dilation, scale)
+            return reference.na2d(query, key, value, rpb, *window)
+    return torch.ops.nat_models.na2d(query, key, value, rpb, *window)
+
+
+def na2d_packed(
+    qkv: Tensor,
+    *,
+    kernel_size: int | Sequence[int],
+    dilation: int | Sequence[int] = 1,
+    rpb: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """`na2d` of the query, key and value in one tensor, [B, H, W, 3, num_heads, head_dim], as a projection makes it.
+
+    The same result; its gradient is packed too, where that of three views would be three tensors and a copy.
+    """
+    qkv = _autocast(qkv)
+    if qkv.ndim != 6 or qkv.shape[3] != 3:
+        raise ValueError(f"qkv must be [B, H, W, 3, num_heads, head_dim], got shape {tuple(qkv.shape)}.")
+    window = _window(*qkv.unbind(3), rpb, kernel_size, dilation, scale)
+    if _requested == "reference":
+        with _autocast_off(qkv):
+            return reference.na2d(*qkv.unbind(3), rpb, *window)
+    return torch.ops.nat_models.na2d_packed(qkv, rpb, *window)
 
 
 def _autocast_enabled(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    if not _autocast_enabled(x) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def _autocast_off(x: Tensor) -> AbstractContextManager:
@@ -115,14 +163,17 @@ def _autocast_off(x: Tensor) -> AbstractContextManager:
     return torch.autocast(x.device.type, enabled=False) if _autocast_enabled(x) else nullcontext()
 
 
-def _check(
+def _window(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     rpb: Tensor | None,
-    kernel_size: tuple[int, int],
-    dilation: tuple[int, int],
-) -> None:
+    kernel_size: int | Sequence[int],
+    dilation: int | Sequence[int],
+    scale: float | None,
+) -> tuple[tuple[int, int], tuple[int, int], float]:
+    """Checks all arguments; returns kernel_size and dilation as pairs, and the scale."""
+    kernel_size, dilation = window_pair(kernel_size, dilation)
     if query.ndim != 5:
         raise ValueError(f"query must be [B, H, W, num_heads, head_dim], got shape {tuple(query.shape)}.")
     if not query.is_floating_point():
@@ -146,43 +197,88 @@ def _check(
                 f"rpb must be [num_heads, 2*K_h-1, 2*K_w-1] = {expected}, {query.dtype} or torch.float32, on "
                 f"{query.device}, got {tuple(rpb.shape)} {rpb.dtype} on {rpb.device}."
             )
+    return kernel_size, dilation, query.shape[-1] ** -0.5 if scale is None else scale
 
 
-_ARGUMENTS = "Tensor query, Tensor key, Tensor value, Tensor? rpb, int[2] kernel_size, int[2] dilation, float scale"
-torch.library.define("nat_models::na2d", f"({_ARGUMENTS}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
-# The gradient of rpb has no elements where rpb is None: a schema cannot return an optional tensor.
-torch.library.define(
-    "nat_models::na2d_backward",
-    f"(Tensor grad_output, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
+_WINDOW = "int[2] kernel_size, int[2] dilation, float scale"
+# na2d_packed is na2d on the views of a packed qkv [B, H, W, 3, num_heads, head_dim]; its gradient stays packed, which
+# saves the layer a copy. The gradient of rpb has no elements where rpb is None: a schema returns no optional tensor.
+_SCHEMAS = {
+    "na2d": f"(Tensor query, Tensor key, Tensor value, Tensor? rpb, {_WINDOW}) -> Tensor",
+    "na2d_backward": f"(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? rpb, {_WINDOW})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "na2d_packed": f"(Tensor qkv, Tensor? rpb, {_WINDOW}) -> Tensor",
+    "na2d_packed_backward": f"(Tensor grad_output, Tensor qkv, Tensor? rpb, {_WINDOW}) -> (Tensor, Tensor)",
+}
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"nat_models::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
+
+
+def _kernels(query: Tensor):
+    return cpu if _backend(query) == "native" else blocked
+
+
+def _empty(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _rpb_gradient(rpb: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if rpb is None else _empty(rpb)
+
+
+def _forward(query, key, value, rpb, kernel_size, dilation, scale):
+    with _autocast_off(query):
+        return _kernels(query).na2d(query, key, value, rpb, tuple(kernel_size), tuple(dilation), scale)
+
+
+def _backward(grads, grad_output, query, key, value, rpb, kernel_size, dilation, scale):
+    with _autocast_off(query):
+        rpb_grad = _kernels(query).na2d_backward(
+            grad_output, query, key, value, rpb, tuple(kernel_size), tuple(dilation), scale, grads
+        )
+    return _rpb_gradient(None, query) if rpb is None else rpb_grad
 
 
 @torch.library.impl("nat_models::na2d", "CompositeExplicitAutograd")
-def _na2d(query, key, value, rpb, kernel_size, dilation, scale):
-    with _autocast_off(query):
-        return blocked.na2d(query, key, value, rpb, tuple(kernel_size), tuple(dilation), scale)
+def _na2d(*args):
+    return _forward(*args)
 
 
 @torch.library.impl("nat_models::na2d_backward", "CompositeExplicitAutograd")
-def _na2d_backward(grad_output, query, key, value, rpb, kernel_size, dilation, scale):
-    with _autocast_off(query):
-        *grads, rpb_grad = blocked.na2d_backward(
-            grad_output, query, key, value, rpb, tuple(kernel_size), tuple(dilation), scale
-        )
-    return *grads, query.new_empty(0) if rpb_grad is None else rpb_grad
+def _na2d_backward(grad_output, query, key, value, *args):
+    grads = [_empty(x) for x in (query, key, value)]
+    return *grads, _backward(grads, grad_output, query, key, value, *args)
+
+
+@torch.library.impl("nat_models::na2d_packed", "CompositeExplicitAutograd")
+def _na2d_packed(qkv, *args):
+    return _forward(*qkv.unbind(3), *args)
+
+
+@torch.library.impl("nat_models::na2d_packed_backward", "CompositeExplicitAutograd")
+def _na2d_packed_backward(grad_output, qkv, *args):
+    grad = _empty(qkv)
+    return grad, _backward(grad.unbind(3), grad_output, *qkv.unbind(3), *args)
 
 
 @torch.library.register_fake("nat_models::na2d")
 def _na2d_fake(query, key, value, rpb, kernel_size, dilation, scale):
-    return torch.empty_like(query, memory_format=torch.contiguous_format)
+    return _empty(query)
 
 
 @torch.library.register_fake("nat_models::na2d_backward")
 def _na2d_backward_fake(grad_output, query, key, value, rpb, kernel_size, dilation, scale):
-    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
-    rpb_grad = query.new_empty(0) if rpb is None else torch.empty_like(rpb, memory_format=torch.contiguous_format)
-    return *grads, rpb_grad
+    return _empty(query), _empty(key), _empty(value), _rpb_gradient(rpb, query)
+
+
+@torch.library.register_fake("nat_models::na2d_packed")
+def _na2d_packed_fake(qkv, rpb, kernel_size, dilation, scale):
+    return _empty(qkv.select(3, 0))
+
+
+@torch.library.register_fake("nat_models::na2d_packed_backward")
+def _na2d_packed_backward_fake(grad_output, qkv, rpb, kernel_size, dilation, scale):
+    return _empty(qkv), _rpb_gradient(rpb, qkv)
 
 
 def _setup_context(ctx, inputs, output):
@@ -190,21 +286,30 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
-def _autograd(ctx, grad_output):
-    query, key, value, rpb = ctx.saved_tensors
-    *grads, rpb_grad = torch.ops.nat_models.na2d_backward(
-        grad_output, query, key, value, rpb, ctx.kernel_size, ctx.dilation, ctx.scale
+def _autograd_of(backward_name: str):
+    def backward(ctx, grad_output):
+        tensors = ctx.saved_tensors  # once: checkpointing hands them out a single time
+        op = getattr(torch.ops.nat_models, backward_name)
+        *grads, rpb_grad = op(grad_output, *tensors, ctx.kernel_size, ctx.dilation, ctx.scale)
+        return *grads, None if tensors[-1] is None else rpb_grad, None, None, None
+
+    return backward
+
+
+for _name in ("na2d", "na2d_packed"):
+    torch.library.register_autograd(
+        f"nat_models::{_name}", _autograd_of(f"{_name}_backward"), setup_context=_setup_context
     )
-    return *grads, None if rpb is None else rpb_grad, None, None, None
 
 
-torch.library.register_autograd("nat_models::na2d", _autograd, setup_context=_setup_context)
-
-
-def _pair_flops(query_shape, kernel_size) -> int:
+def _pair_flops(shape: Sequence[int], kernel_size: Sequence[int]) -> int:
     """FLOPs of one product over all query-key pairs, a multiply and an add each."""
-    batch, height, width, num_heads, head_dim = query_shape
+    batch, height, width, num_heads, head_dim = shape
     return 2 * batch * height * width * num_heads * kernel_size[0] * kernel_size[1] * head_dim
+
+
+def _head_shape(packed: Sequence[int]) -> list[int]:
+    return [*packed[:3], *packed[4:]]
 
 
 @register_flop_formula(torch.ops.nat_models.na2d)
@@ -215,3 +320,13 @@ def _na2d_flops(query_shape, key_shape, value_shape, rpb_shape, kernel_size, *ar
 @register_flop_formula(torch.ops.nat_models.na2d_backward)
 def _na2d_backward_flops(grad_shape, query_shape, key_shape, value_shape, rpb_shape, kernel_size, *a, **kw) -> int:
     return 5 * _pair_flops(query_shape, kernel_size)  # QK^T again, then dV, dP, dQ, dK
+
+
+@register_flop_formula(torch.ops.nat_models.na2d_packed)
+def _na2d_packed_flops(qkv_shape, rpb_shape, kernel_size, *args, **kwargs) -> int:
+    return 2 * _pair_flops(_head_shape(qkv_shape), kernel_size)
+
+
+@register_flop_formula(torch.ops.nat_models.na2d_packed_backward)
+def _na2d_packed_backward_flops(grad_shape, qkv_shape, rpb_shape, kernel_size, *args, **kwargs) -> int:
+    return 5 * _pair_flops(_head_shape(qkv_shape), kernel_size)

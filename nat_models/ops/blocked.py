@@ -6,7 +6,7 @@ values. Rows of tiles that see the same window pattern (the top one, all inner o
 and run as one batch. What depends on sizes alone is computed once per device and kept in bounded caches.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -246,13 +246,16 @@ def na2d_backward(
     kernel_size: tuple[int, int],
     dilation: tuple[int, int],
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key, value and rpb; attention weights are recomputed, nothing of the forward is kept."""
+    grads: Sequence[Tensor],
+) -> Tensor | None:
+    """Writes the gradients of query, key and value into `grads`; returns that of rpb.
+
+    Attention weights are recomputed, nothing of the forward is kept.
+    """
     wide = torch.promote_types(query.dtype, torch.float32)
-    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
     rpb_grad = None if rpb is None else torch.zeros_like(rpb, dtype=wide, memory_format=torch.contiguous_format)
     if query.numel() == 0:
-        return *grads, None if rpb is None else rpb_grad.to(rpb.dtype)
+        return None if rpb is None else rpb_grad.to(rpb.dtype)
     _, height, width, num_heads, _ = query.shape
     plan = _plan(query, kernel_size, dilation)
     rows, cols = plan.rows, plan.cols
@@ -289,4 +292,4 @@ def na2d_backward(
         grads[0][chunk] = _untile(q_tiles, plan)
         grads[1][chunk] = _add_halos(k_tiles, plan, (height, width))
         grads[2][chunk] = _add_halos(v_tiles, plan, (height, width))
-    return *grads, None if rpb is None else rpb_grad.to(rpb.dtype)
+    return None if rpb is None else rpb_grad.to(rpb.dtype)

@@ -1,0 +1,169 @@
+"""The native CPU kernel: found, loaded at first use and called through its C ABI (csrc/na2d.h)."""
+
+import ctypes
+import functools
+import os
+import struct
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_LIBRARY = "nat_cpu.so"
+_ISA_VARIABLE = "NAT_MODELS_CPU_ISA"  # baseline, avx2 or avx512; unset: the best this CPU has
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+# nat_na2d_call: eight tensors (data, stride of B, H, W, heads), rpb and its gradient, sizes, dtype, scale.
+_CALL = struct.Struct("@" + 8 * "P4q" + "2P" + "5q" + "2q2q" + "q" + "d")
+_NO_TENSOR = (0, 0, 0, 0, 0)
+
+_SIGNATURES = {
+    "nat_na2d_forward": (ctypes.c_int32, [ctypes.c_char_p]),
+    "nat_na2d_backward": (ctypes.c_int32, [ctypes.c_char_p]),
+    "nat_set_parallel_for": (None, [ctypes.c_void_p]),
+    "nat_select_isa": (ctypes.c_int32, [ctypes.c_char_p]),
+    "nat_isa": (ctypes.c_char_p, []),
+    "nat_call_size": (ctypes.c_int64, []),
+}
+
+
+def _find() -> Path:
+    # An editable install leaves the sources where they are and puts what it built among the installed packages.
+    folders = [Path(__file__).parent, Path(sysconfig.get_path("platlib"), *__package__.split("."))]
+    for folder in folders:
+        if (folder / _LIBRARY).exists():
+            return folder / _LIBRARY
+    raise FileNotFoundError(
+        f"{_LIBRARY} was not built: the install found no C++ compiler. Looked in {', '.join(map(str, folders))}"
+    )
+
+
+@functools.cache
+def _load() -> ctypes.CDLL:
+    # PyDLL would hold the GIL; CDLL lets other Python threads run meanwhile.
+    path = _find()
+    library = ctypes.CDLL(str(path))
+    for name, (restype, argtypes) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = restype, argtypes
+    if library.nat_call_size() != _CALL.size:
+        raise RuntimeError(
+            f"{path} was built for another version: its calls take {library.nat_call_size()} bytes, not {_CALL.size}"
+        )
+    isa = os.environ.get(_ISA_VARIABLE, "")
+    status = library.nat_select_isa(isa.encode())
+    if status:
+        why = "unknown to this build" if status == 1 else "beyond this CPU"
+        raise RuntimeError(f"{_ISA_VARIABLE}={isa!r} is {why}, known are baseline, avx2 and avx512")
+    library.nat_set_parallel_for(_torch_parallel_for())
+    return library
+
+
+def _torch_parallel_for() -> int | None:
+    """Address of torch's own parallel_for, so that torch.set_num_threads holds; None (serial) on a torch without it."""
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        path = Path(torch.__file__).parent / "lib" / name
+        if path.exists():
+            function = getattr(ctypes.CDLL(str(path)), "torch_parallel_for", None)
+            return function and ctypes.cast(function, ctypes.c_void_p).value
+    return None
+
+
+@functools.cache
+def available() -> tuple[bool, str]:
+    """Whether the kernel can run, and what it runs on or why it cannot."""
+    try:
+        library = _load()
+    except (OSError, RuntimeError, AttributeError) as error:
+        return False, str(error)
+    return True, f"{library.nat_isa().decode()}, {'torch threads' if _torch_parallel_for() else 'one thread'}"
+
+
+def _tensor(x: Tensor) -> tuple[int, ...]:
+    return (x.data_ptr(), *x.stride()[:4])
+
+
+def _dense_last(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _rpb(rpb: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return rpb if rpb is None else rpb.to(torch.float64 if dtype == torch.float64 else torch.float32).contiguous()
+
+
+def _check(status: int) -> None:
+    if status:
+        raise MemoryError("na2d: no memory for scratch") if status == 1 else RuntimeError(f"na2d: {status=}")
+
+
+def na2d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    kernel_size: tuple[int, int],
+    dilation: tuple[int, int],
+    scale: float,
+) -> Tensor:
+    """Neighborhood attention of checked CPU tensors [B, H, W, num_heads, head_dim]; see `nat_models.na2d`."""
+    library = _load()
+    query, key, value = _dense_last(query), _dense_last(key), _dense_last(value)
+    bias = _rpb(rpb, query.dtype)
+    out = torch.empty(query.shape, dtype=query.dtype)
+    if not out.numel():
+        return out
+    call = _CALL.pack(
+        *_tensor(query),
+        *_tensor(key),
+        *_tensor(value),
+        *_tensor(out),
+        *(4 * _NO_TENSOR),
+        0 if bias is None else bias.data_ptr(),
+        0,
+        *query.shape,
+        *kernel_size,
+        *dilation,
+        _DTYPES[query.dtype],
+        scale,
+    )
+    _check(library.nat_na2d_forward(call))
+    return out
+
+
+def na2d_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    kernel_size: tuple[int, int],
+    dilation: tuple[int, int],
+    scale: float,
+    grads: Sequence[Tensor],
+) -> Tensor | None:
+    """Writes the gradients of query, key and value into `grads` (any strides, dense last axis); returns that of rpb."""
+    library = _load()
+    query, key, value, grad_output = map(_dense_last, (query, key, value, grad_output))
+    bias = _rpb(rpb, query.dtype)
+    grad_rpb = None if bias is None else torch.zeros_like(bias)
+    if query.numel():
+        call = _CALL.pack(
+            *_tensor(query),
+            *_tensor(key),
+            *_tensor(value),
+            *_NO_TENSOR,
+            *_tensor(grad_output),
+            *(number for grad in grads for number in _tensor(grad)),
+            0 if bias is None else bias.data_ptr(),
+            0 if grad_rpb is None else grad_rpb.data_ptr(),
+            *query.shape,
+            *kernel_size,
+            *dilation,
+            _DTYPES[query.dtype],
+            scale,
+        )
+        _check(library.nat_na2d_backward(call))
+    return None if grad_rpb is None else grad_rpb.to(rpb.dtype)

@@ -1,0 +1,58 @@
+// Picks the instruction set and forwards the C ABI to it.
+#include <string.h>
+
+#include "isa.h"
+
+#define NAT_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+struct Isa {
+    const char* name;
+    nat_entry* entry;
+    bool (*supported)();
+};
+
+const Isa kIsas[] = {  // best first
+#ifdef NAT_X86
+    {"avx512", nat_na2d_avx512,
+     [] {
+         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+     }},
+    {"avx2", nat_na2d_avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#endif
+    {"baseline", nat_na2d_baseline, [] { return true; }},
+};
+
+const Isa* chosen = nullptr;
+nat_parallel_for run_parallel = nullptr;
+
+const Isa& isa() {
+    if (!chosen) nat_select_isa(nullptr);
+    return *chosen;
+}
+
+}  // namespace
+
+NAT_EXPORT int32_t nat_select_isa(const char* name) {
+#ifdef NAT_X86
+    __builtin_cpu_init();
+#endif
+    for (const Isa& candidate : kIsas) {
+        const bool any = !name || !*name;
+        if (!any && strcmp(name, candidate.name) != 0) continue;
+        if (!candidate.supported()) {
+            if (any) continue;
+            return 2;
+        }
+        chosen = &candidate;
+        return 0;
+    }
+    return 1;
+}
+NAT_EXPORT const char* nat_isa(void) { return isa().name; }
+NAT_EXPORT void nat_set_parallel_for(nat_parallel_for run) { run_parallel = run; }
+NAT_EXPORT int64_t nat_call_size(void) { return sizeof(nat_na2d_call); }
+NAT_EXPORT int32_t nat_na2d_forward(const nat_na2d_call* call) { return isa().entry(call, 0, run_parallel); }
+NAT_EXPORT int32_t nat_na2d_backward(const nat_na2d_call* call) { return isa().entry(call, 1, run_parallel); }

@@ -1,0 +1,11 @@
+// The instruction sets one library carries. NAT_ENTRY names the one being compiled; the build defines it.
+#pragma once
+#include "na2d.h"
+
+typedef int32_t nat_entry(const nat_na2d_call* call, int32_t backward, nat_parallel_for run);
+
+nat_entry nat_na2d_baseline;
+#ifdef NAT_X86
+nat_entry nat_na2d_avx2;
+nat_entry nat_na2d_avx512;
+#endif

@@ -1,0 +1,50 @@
+// The C ABI of the neighborhood attention kernel: plain C types, so one build serves every torch and every Python.
+#pragma once
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// [B, H, W, heads, head_dim]; strides in elements for all axes but the last, which is contiguous.
+typedef struct {
+    void* data;
+    int64_t stride[4];
+} nat_tensor;
+
+enum nat_dtype { NAT_FLOAT32, NAT_FLOAT64, NAT_BFLOAT16, NAT_FLOAT16 };
+enum nat_status { NAT_OK, NAT_NO_MEMORY, NAT_BAD_DTYPE };
+
+// The caller has checked shapes: kernels odd and >= 3, dilations >= 1, kernel * dilation within the map.
+// rpb and grad_rpb are [heads, 2*Kh-1, 2*Kw-1], contiguous, float64 for float64 and float32 otherwise; either may be null.
+// The forward reads query, key, value, rpb and writes out; the backward reads those and grad_out and writes grad_*.
+typedef struct {
+    nat_tensor query, key, value, out, grad_out, grad_query, grad_key, grad_value;
+    const void* rpb;
+    void* grad_rpb;
+    int64_t batch, height, width, heads, head_dim;
+    int64_t kernel[2], dilation[2];
+    int64_t dtype;
+    double scale;
+} nat_na2d_call;
+
+// torch_parallel_for of torch/csrc/stable/c/shim.h: splits [begin, end) over torch's own threads.
+typedef void (*nat_range_function)(int64_t begin, int64_t end, void* context);
+typedef int32_t (*nat_parallel_for)(int64_t begin, int64_t end, int64_t grain, nat_range_function body, void* context);
+
+int32_t nat_na2d_forward(const nat_na2d_call* call);
+int32_t nat_na2d_backward(const nat_na2d_call* call);
+
+// Null (the default) runs everything on the calling thread.
+void nat_set_parallel_for(nat_parallel_for run);
+
+// Null or "" picks the best instruction set of this CPU. Returns 0, or 1 for an unknown one, 2 for one this CPU lacks.
+int32_t nat_select_isa(const char* name);
+const char* nat_isa(void);
+
+// sizeof(nat_na2d_call): a loader built for another layout finds out before it corrupts memory.
+int64_t nat_call_size(void);
+
+#ifdef __cplusplus
+}
+#endif

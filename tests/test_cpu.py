@@ -1,0 +1,184 @@
+"""The C++ kernel against the reference, over a grid of shapes, windows, dtypes, strides, threads, instruction sets."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from nat_models.ops import cpu, reference
+
+pytestmark = pytest.mark.skipif(not cpu.available()[0], reason=f"no kernel: {cpu.available()[1]}")
+
+RESULTS = ("output", "grad_query", "grad_key", "grad_value", "grad_rpb")
+
+# Low precision rounds each result once: half an ulp of the largest value, and some room for it to be an element's.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+
+# [B, H, W, num_heads, head_dim], kernel_size, dilation: primes, H != W, maps as large as their window, ragged dilation
+# groups, odd head_dims, several strips, dense maps with and without masked keys.
+GRID = [
+    ((1, 7, 7, 2, 32), (7, 7), (1, 1)),
+    ((2, 7, 8, 3, 20), (7, 7), (1, 1)),
+    ((1, 8, 8, 2, 32), (7, 7), (1, 1)),
+    ((2, 13, 7, 1, 32), (7, 7), (1, 1)),
+    ((1, 11, 9, 2, 8), (3, 3), (1, 1)),
+    ((1, 3, 3, 2, 9), (3, 3), (1, 1)),
+    ((2, 17, 14, 2, 32), (7, 7), (1, 1)),
+    ((1, 31, 37, 2, 16), (7, 7), (1, 1)),
+    ((1, 56, 29, 2, 32), (7, 7), (1, 1)),
+    ((1, 29, 56, 1, 24), (5, 7), (1, 1)),
+    ((1, 23, 19, 1, 48), (7, 3), (1, 1)),
+    ((1, 12, 10, 1, 80), (9, 9), (1, 1)),
+    ((1, 13, 11, 1, 13), (11, 11), (1, 1)),
+    ((1, 41, 27, 1, 8), (13, 13), (1, 1)),
+    ((1, 60, 33, 1, 10), (3, 13), (1, 2)),
+    ((1, 14, 15, 2, 8), (7, 7), (2, 2)),
+    ((1, 30, 29, 1, 8), (7, 7), (4, 4)),
+    ((1, 56, 57, 1, 32), (7, 7), (8, 8)),
+    ((1, 40, 26, 2, 16), (5, 3), (1, 8)),
+    ((2, 61, 21, 1, 12), (3, 5), (5, 1)),
+    ((1, 19, 18, 1, 64), (7, 7), (1, 1)),
+    ((1, 18, 19, 1, 96), (7, 7), (2, 1)),
+    ((1, 15, 16, 1, 128), (7, 7), (1, 1)),
+    ((1, 16, 17, 1, 1), (5, 5), (1, 1)),
+    ((1, 25, 130, 1, 8), (7, 7), (1, 1)),
+]
+
+
+def _inputs(shape, kernel_size, dtype, with_rpb=True):
+    """query, key, value as views of a packed qkv, rpb and the output's gradient."""
+    batch, height, width, num_heads, head_dim = shape
+    qkv = torch.randn(batch, height, width, 3, num_heads, head_dim).to(dtype)
+    rpb = torch.randn(num_heads, 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1).to(dtype) if with_rpb else None
+    return *qkv.unbind(3), rpb, torch.randn(shape).to(dtype)
+
+
+def _run(query, key, value, rpb, grad_output, kernel_size, dilation):
+    window = (kernel_size, dilation, query.shape[-1] ** -0.5)
+    output = cpu.na2d(query, key, value, rpb, *window)
+    grads = torch.empty(*query.shape[:3], 3, *query.shape[3:], dtype=query.dtype).unbind(3)
+    rpb_grad = cpu.na2d_backward(grad_output, query, key, value, rpb, *window, grads)
+    return output, *grads, rpb_grad
+
+
+def _expect(query, key, value, rpb, grad_output, kernel_size, dilation):
+    inputs = [x.double().requires_grad_() for x in (query, key, value, rpb) if x is not None]
+    window = (kernel_size, dilation, query.shape[-1] ** -0.5)
+    output = reference.na2d(*inputs[:3], inputs[3] if rpb is not None else None, *window)
+    return output.detach(), *torch.autograd.grad(output, inputs, grad_output.double())
+
+
+def _assert_near(actual, expected, tolerance):
+    for name, x, y in zip(RESULTS, actual, expected, strict=False):  # without rpb, there is no gradient of it
+        error = ((x.double() - y).abs().max() / y.abs().max()).item()
+        assert error <= tolerance, f"{name}: {error:.2e} > {tolerance:.0e}"
+
+
+@pytest.mark.parametrize("with_rpb", [True, False])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("shape", "kernel_size", "dilation"), GRID)
+def test_kernel_is_the_reference(shape, kernel_size, dilation, dtype, with_rpb):
+    case = *_inputs(shape, kernel_size, dtype, with_rpb), kernel_size, dilation
+    _assert_near(_run(*case), _expect(*case), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_strides_give_the_same_bits(dtype):
+    query, key, value, rpb, grad_output = _inputs((2, 12, 13, 2, 20), (5, 5), dtype)
+    expected = _run(query, key, value, rpb, grad_output, (5, 5), (1, 1))
+    actual = _run(
+        query.permute(0, 3, 1, 2, 4).contiguous().permute(0, 2, 3, 1, 4),  # heads first in memory
+        torch.stack([key, key], -1)[..., 0],  # the last axis is not dense
+        torch.cat([value, value], 2)[:, :, :13],
+        rpb.mT.contiguous().mT,
+        grad_output.transpose(1, 2).contiguous().transpose(1, 2),
+        (5, 5),
+        (1, 1),
+    )
+    for name, x, y in zip(RESULTS, actual, expected, strict=True):
+        assert torch.equal(x, y), name
+
+
+@pytest.mark.parametrize(("shape", "kernel_size", "dilation"), GRID[::4])
+def test_any_number_of_threads_gives_the_same_bits(shape, kernel_size, dilation):
+    case = *_inputs(shape, kernel_size, torch.float32), kernel_size, dilation
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            results.append(_run(*case))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for name, x, y in zip(RESULTS, results[0], other, strict=True):
+            assert torch.equal(x, y), name
+
+
+def test_concurrent_calls_do_not_disturb_each_other():
+    cases = [(*_inputs((1, 20 + i, 23, 2, 16), (7, 7), torch.float32), (7, 7), (1, 1)) for i in range(4)]
+    expected = [_run(*case) for case in cases]
+    wrong = []
+
+    def worker(case, wanted):
+        for _ in range(20):
+            if not all(torch.equal(x, y) for x, y in zip(_run(*case), wanted, strict=True)):
+                wrong.append(case[0].shape)
+
+    threads = [threading.Thread(target=worker, args=pair) for pair in zip(cases, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+class _Attends(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        query = torch.randn(1, 16, 17, 1, 8, generator=generator)
+        return cpu.na2d(query, query, query, None, (7, 7), (1, 1), 1.0)[0]
+
+
+def test_forked_loader_workers_may_use_the_kernel():
+    data = _Attends()
+    expected = torch.stack([data[i] for i in range(4)])  # loaded, and its threads started, before the fork
+    loader = torch.utils.data.DataLoader(data, batch_size=4, num_workers=2, multiprocessing_context="fork", timeout=60)
+    assert torch.equal(next(iter(loader)), expected)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_every_instruction_set_passes_the_grid(isa):
+    environment = {**os.environ, "NAT_MODELS_CPU_ISA": isa}
+    code = "from nat_models.ops import cpu; print(cpu.available())"
+    probe = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    if "beyond this CPU" in probe.stdout or "unknown to this build" in probe.stdout:
+        pytest.skip(probe.stdout)
+    assert isa in probe.stdout
+    tests = [
+        f"{Path(__file__)}::{name}" for name in ("test_kernel_is_the_reference", "test_any_strides_give_the_same_bits")
+    ]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "float32", *tests],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert f"{2 * len(GRID) + 1} passed" in run.stdout
+
+
+def test_an_unknown_instruction_set_is_refused_with_its_name():
+    environment = {**os.environ, "NAT_MODELS_CPU_ISA": "mmx"}
+    run = subprocess.run(
+        [sys.executable, "-m", "nat_models"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "na2d runs on blocked" in run.stdout
+    assert "NAT_MODELS_CPU_ISA='mmx' is unknown to this build" in run.stdout
