@@ -40,22 +40,29 @@ DENSE, MASKED = "dense SDPA", "masked SDPA"
 
 
 def interleaved(contestants: dict[str, Callable[[], object]], seconds: float, device: str) -> dict[str, float]:
-    """Median milliseconds of each contestant; they take turns until `seconds` have passed, at least 5 rounds."""
+    """Median milliseconds of each contestant; they take turns until `seconds` have passed, at least 5 rounds.
 
-    def timed(run: Callable[[], object]) -> float:
+    A turn is a run of calls of some 10 ms, whose mean counts: what is short is timed warm, as in a network, and not
+    in the wake of the contestant before it.
+    """
+
+    def turn(run: Callable[[], object], calls: int) -> float:
         start = time.perf_counter()
-        run()
+        for _ in range(calls):
+            run()
         if device != "cpu":
             torch.accelerator.synchronize()
-        return 1e3 * (time.perf_counter() - start)
+        return 1e3 * (time.perf_counter() - start) / calls
 
-    for run in contestants.values():
-        timed(run), timed(run)
+    calls = {}
+    for name, run in contestants.items():
+        turn(run, 2)
+        calls[name] = max(1, round(10 / turn(run, 2)))
     times = {name: [] for name in contestants}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[next(iter(times))]) < 5:
         for name, run in contestants.items():
-            times[name].append(timed(run))
+            times[name].append(turn(run, calls[name]))
     return {name: statistics.median(t) for name, t in times.items()}
 
 

@@ -45,7 +45,6 @@ class _Axis(NamedTuple):
         return self.untile.numel() < self.queries.numel()
 
 
-@lru_cache(maxsize=256)
 def _axis(length: int, kernel_size: int, dilation: int, tile: int, device: torch.device) -> _Axis:
     longest = group_length(length, dilation, 0)
     tile = min(tile, longest)
@@ -94,10 +93,12 @@ def _axis(length: int, kernel_size: int, dilation: int, tile: int, device: torch
 class _Plan(NamedTuple):
     rows: _Axis
     cols: _Axis
-
-    @property
-    def whole(self) -> bool:
-        return self.rows.whole and self.cols.whole
+    # For each pattern of tile rows, where every pair's bias stands in a flat rpb table: [C * t * u * h * w], int32.
+    # Pairs outside the window point behind the table's end, at a slot that holds -inf.
+    indices: tuple[Tensor, ...]
+    mask_shape: tuple[int, int, int]  # C, t * u, h * w
+    bounded: bool  # some pairs are outside their window
+    whole: bool  # one tile that is the map: nothing to gather
 
 
 def _plan(query: Tensor, kernel_size: tuple[int, int], dilation: tuple[int, int]) -> _Plan:
@@ -105,47 +106,47 @@ def _plan(query: Tensor, kernel_size: tuple[int, int], dilation: tuple[int, int]
     # A dilated map is a set of smaller ones, so the question is asked per dilation group.
     queries = group_length(height, dilation[0], 0) * group_length(width, dilation[1], 0)
     tile = max(height, width) if queries <= _WHOLE_MAP_QUERIES else _TILE
-    return _Plan(
-        _axis(height, kernel_size[0], dilation[0], tile, query.device),
-        _axis(width, kernel_size[1], dilation[1], tile, query.device),
-    )
+    return _plan_of((height, width), kernel_size, dilation, tile, query.device)
 
 
 @lru_cache(maxsize=64)
-def _mask_index(
-    size: tuple[int, int], kernel_size: tuple[int, int], dilation: tuple[int, int], tile: tuple[int, int], row: int,
+def _plan_of(
+    size: tuple[int, int],
+    kernel_size: tuple[int, int],
+    dilation: tuple[int, int],
+    tile: int,
     device: torch.device,
-) -> Tensor:  # fmt: skip
-    """Where each pair's bias stands in a flat rpb table, for the tile row `row`: [C * t * u * h * w], int32.
+) -> _Plan:
+    rows, cols = (_axis(n, k, d, tile, device) for n, k, d in zip(size, kernel_size, dilation, strict=True))
+    height, width = (2 * k - 1 for k in kernel_size)
+    indices = []
+    for first, _ in rows.patterns:
+        r, c = rows.offsets[first][None, :, None, :, None], cols.offsets[:, None, :, None, :]
+        index = torch.where((r >= 0) & (c >= 0), r * width + c, height * width)  # [C, t, u, h, w]
+        indices.append(index.flatten().to(torch.int32))
+    (_, t, h), (tiles, u, w) = rows.offsets.shape, cols.offsets.shape
+    return _Plan(
+        rows,
+        cols,
+        indices=tuple(indices),
+        mask_shape=(tiles, t * u, h * w),
+        bounded=size != kernel_size,
+        whole=rows.whole and cols.whole,
+    )
 
-    Pairs outside the window point behind the table's end, at the slot that holds -inf.
-    """
-    rows = _axis(size[0], kernel_size[0], dilation[0], tile[0], device).offsets[row][None, :, None, :, None]
-    cols = _axis(size[1], kernel_size[1], dilation[1], tile[1], device).offsets[:, None, :, None, :]
-    height, width = 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1
-    index = torch.where((rows >= 0) & (cols >= 0), rows * width + cols, height * width)  # [C, t, u, h, w]
-    return index.flatten().to(torch.int32)
 
-
-def _masks(
-    query: Tensor, rpb: Tensor | None, kernel_size: tuple[int, int], dilation: tuple[int, int], plan: _Plan
-) -> list[Tensor]:
+def _masks(query: Tensor, rpb: Tensor | None, kernel_size: tuple[int, int], plan: _Plan) -> list[Tensor]:
     """One additive mask for each pattern of tile rows: [1, num_heads * C, t * u, h * w], float32 or wider."""
-    _, height, width, num_heads, _ = query.shape
+    num_heads = query.shape[3]
     wide = torch.promote_types(query.dtype, torch.float32)
     if rpb is None:
         table = query.new_zeros(num_heads, (2 * kernel_size[0] - 1) * (2 * kernel_size[1] - 1), dtype=wide)
     else:
         table = rpb.to(wide).flatten(1)
-    if (height, width) != kernel_size:  # some pairs are outside their window
+    if plan.bounded:
         table = F.pad(table, (0, 1), value=float("-inf"))
-    rows, cols = plan
-    tile = (rows.queries.shape[1], cols.queries.shape[1])
-    shape = (1, num_heads * len(cols.queries), tile[0] * tile[1], rows.keys.shape[1] * cols.keys.shape[1])
-    indices = (
-        _mask_index((height, width), kernel_size, dilation, tile, first, query.device) for first, _ in rows.patterns
-    )
-    return [table.index_select(1, index).view(shape) for index in indices]
+    tiles, *pairs = plan.mask_shape
+    return [table.index_select(1, index).view(1, num_heads * tiles, *pairs) for index in plan.indices]
 
 
 def _gather(x: Tensor, rows: Tensor, cols: Tensor, plan: _Plan) -> Tensor:
@@ -188,12 +189,12 @@ def na2d(
     if query.numel() == 0:
         return torch.empty_like(query, memory_format=torch.contiguous_format)
     plan = _plan(query, kernel_size, dilation)
-    masks = _masks(query, rpb, kernel_size, dilation, plan)
+    masks = _masks(query, rpb, kernel_size, plan)
     if plan.whole:
         q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=masks[0], dropout_p=dropout_p, scale=scale)
         return out.transpose(1, 2).reshape(query.shape)
-    rows, cols = plan
+    rows, cols = plan.rows, plan.cols
     outputs = []
     for chunk in _chunks(len(query), rows.keys.numel() * cols.keys.numel() * query[0, 0, 0].numel(), query.device):
         q, k, v = query[chunk], key[chunk], value[chunk]
@@ -259,7 +260,7 @@ def na2d_backward(
     _, height, width, num_heads, _ = query.shape
     plan = _plan(query, kernel_size, dilation)
     rows, cols = plan.rows, plan.cols
-    masks = _masks(query, rpb, kernel_size, dilation, plan)
+    masks = _masks(query, rpb, kernel_size, plan)
     logits = rows.offsets.numel() * cols.offsets.numel() * num_heads
     for chunk in _chunks(len(query), logits, query.device):
         q, k, v, g = (x[chunk].to(wide) for x in (query, key, value, grad_output))
