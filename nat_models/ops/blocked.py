@@ -93,60 +93,70 @@ def _axis(length: int, kernel_size: int, dilation: int, tile: int, device: torch
 class _Plan(NamedTuple):
     rows: _Axis
     cols: _Axis
-    # For each pattern of tile rows, where every pair's bias stands in a flat rpb table: [C * t * u * h * w], int32.
-    # Pairs outside the window point behind the table's end, at a slot that holds -inf.
-    indices: tuple[Tensor, ...]
-    mask_shape: tuple[int, int, int]  # C, t * u, h * w
-    bounded: bool  # some pairs are outside their window
+    # How the rpb table becomes masks, int32. First its columns for every (C, u, w); then, as whole runs of w, for each
+    # pattern of tile rows, the run of every (num_heads, C, t, u, h). Copying runs beats gathering element by element.
+    col_index: Tensor
+    run_indices: tuple[Tensor, ...]
+    # A map as large as its window has no pair outside: one gather over (t, u, h, w) is faster there.
+    flat_index: Tensor | None
+    mask_shape: tuple[int, int, int, int]  # 1, num_heads * C, t * u, h * w
     whole: bool  # one tile that is the map: nothing to gather
 
 
 def _plan(query: Tensor, kernel_size: tuple[int, int], dilation: tuple[int, int]) -> _Plan:
-    _, height, width, _, _ = query.shape
+    _, height, width, num_heads, _ = query.shape
     # A dilated map is a set of smaller ones, so the question is asked per dilation group.
     queries = group_length(height, dilation[0], 0) * group_length(width, dilation[1], 0)
     tile = max(height, width) if queries <= _WHOLE_MAP_QUERIES else _TILE
-    return _plan_of((height, width), kernel_size, dilation, tile, query.device)
+    return _plan_of((height, width), num_heads, kernel_size, dilation, tile, query.device)
 
 
 @lru_cache(maxsize=64)
 def _plan_of(
     size: tuple[int, int],
+    num_heads: int,
     kernel_size: tuple[int, int],
     dilation: tuple[int, int],
     tile: int,
     device: torch.device,
 ) -> _Plan:
     rows, cols = (_axis(n, k, d, tile, device) for n, k, d in zip(size, kernel_size, dilation, strict=True))
-    height, width = (2 * k - 1 for k in kernel_size)
-    indices = []
-    for first, _ in rows.patterns:
-        r, c = rows.offsets[first][None, :, None, :, None], cols.offsets[:, None, :, None, :]
-        index = torch.where((r >= 0) & (c >= 0), r * width + c, height * width)  # [C, t, u, h, w]
-        indices.append(index.flatten().to(torch.int32))
     (_, t, h), (tiles, u, w) = rows.offsets.shape, cols.offsets.shape
+    height, width = (2 * k - 1 for k in kernel_size)
+    # Pairs outside the window (-1) point behind the table, at a row or a column of -inf.
+    row_offsets, col_offsets = rows.offsets % (height + 1), cols.offsets % (width + 1)
+    head = torch.arange(num_heads, device=device).view(-1, 1, 1, 1, 1)
+    tile_col = torch.arange(tiles * u, device=device).view(1, tiles, 1, u, 1)
+    run_indices = []
+    for first, _ in rows.patterns:
+        table_row = head * (height + 1) + row_offsets[first].view(1, 1, t, 1, h)
+        run_indices.append((table_row * (tiles * u) + tile_col).flatten().to(torch.int32))
+    whole = rows.whole and cols.whole
+    flat_index = None
+    if whole and size == kernel_size:
+        flat_index = (row_offsets.view(t, 1, h, 1) * width + col_offsets.view(1, u, 1, w)).flatten().to(torch.int32)
     return _Plan(
         rows,
         cols,
-        indices=tuple(indices),
-        mask_shape=(tiles, t * u, h * w),
-        bounded=size != kernel_size,
-        whole=rows.whole and cols.whole,
+        col_index=col_offsets.flatten().to(torch.int32),
+        run_indices=tuple(run_indices),
+        flat_index=flat_index,
+        mask_shape=(1, num_heads * tiles, t * u, h * w),
+        whole=whole,
     )
 
 
 def _masks(query: Tensor, rpb: Tensor | None, kernel_size: tuple[int, int], plan: _Plan) -> list[Tensor]:
     """One additive mask for each pattern of tile rows: [1, num_heads * C, t * u, h * w], float32 or wider."""
-    num_heads = query.shape[3]
     wide = torch.promote_types(query.dtype, torch.float32)
     if rpb is None:
-        table = query.new_zeros(num_heads, (2 * kernel_size[0] - 1) * (2 * kernel_size[1] - 1), dtype=wide)
-    else:
-        table = rpb.to(wide).flatten(1)
-    if plan.bounded:
-        table = F.pad(table, (0, 1), value=float("-inf"))
-    tiles, *pairs = plan.mask_shape
-    return [table.index_select(1, index).view(1, num_heads * tiles, *pairs) for index in plan.indices]
+        rpb = query.new_zeros(query.shape[3], *(2 * k - 1 for k in kernel_size))
+    rpb = rpb.to(wide)
+    if plan.flat_index is not None:
+        return [rpb.flatten(1).index_select(1, plan.flat_index).view(plan.mask_shape)]
+    table = F.pad(rpb, (0, 1, 0, 1), value=float("-inf")).index_select(2, plan.col_index)
+    runs = table.view(-1, plan.cols.keys.shape[1])  # [(num_heads, table row, C, u), w]
+    return [runs.index_select(0, index).view(plan.mask_shape) for index in plan.run_indices]
 
 
 def _gather(x: Tensor, rows: Tensor, cols: Tensor, plan: _Plan) -> Tensor:
