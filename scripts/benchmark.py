@@ -118,7 +118,7 @@ def layer(args: argparse.Namespace) -> list[dict]:
         dd = dict(device=args.device, dtype=args.dtype)
         x = torch.randn(args.batch, size, size, dim, **dd)
         ours = NeighborhoodAttention2d(dim, dim // HEAD_DIM, **dd)
-        swin = SwinTransformerBlock(dim, size, dim // HEAD_DIM, HEAD_DIM, window_size=7, shift_size=3, **dd)
+        swin = SwinTransformerBlock(dim, (size, size), dim // HEAD_DIM, HEAD_DIM, window_size=7, shift_size=3, **dd)
         contestants = {"NAT": partial(ours, x), "Swin": partial(swin._attn, x)}
         contestants["projections"] = lambda f=ours, x=x: f.proj(f.qkv(x)[..., : x.shape[-1]])
         ms = interleaved(contestants, args.seconds, args.device)
