@@ -115,6 +115,7 @@ def na2d(
 
     Raises:
         ValueError: Shapes, dtypes or devices differ; kernel_size even; window larger than the map.
+        RuntimeError: The backend that was asked for cannot run here; the message says why.
 
     Source: Hassani et al., CVPR 2023, arXiv:2204.07143, section 3; dilation arXiv:2209.15001.
     """
