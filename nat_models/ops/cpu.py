@@ -82,8 +82,8 @@ def available() -> tuple[bool, str]:
     return True, f"{library.nat_isa().decode()}, {'torch threads' if _torch_parallel_for() else 'one thread'}"
 
 
-def _tensor(x: Tensor) -> tuple[int, ...]:
-    return (x.data_ptr(), *x.stride()[:4])
+def _tensor(x: Tensor | None) -> tuple[int, ...]:
+    return _NO_TENSOR if x is None else (x.data_ptr(), *x.stride()[:4])
 
 
 def _dense_last(x: Tensor) -> Tensor:
@@ -97,6 +97,31 @@ def _rpb(rpb: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _check(status: int) -> None:
     if status:
         raise MemoryError("na2d: no memory for scratch") if status == 1 else RuntimeError(f"na2d: {status=}")
+
+
+def _call(
+    out: Tensor | None,
+    grad_output: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    kernel_size: tuple[int, int],
+    dilation: tuple[int, int],
+    scale: float,
+    grads: Sequence[Tensor | None] = (None, None, None),
+    grad_rpb: Tensor | None = None,
+) -> bytes:
+    """A nat_na2d_call: forward with `out`, backward with `grad_output` and `grads`."""
+    return _CALL.pack(
+        *(number for x in (query, key, value, out, grad_output, *grads) for number in _tensor(x)),
+        *(0 if x is None else x.data_ptr() for x in (rpb, grad_rpb)),
+        *query.shape,
+        *kernel_size,
+        *dilation,
+        _DTYPES[query.dtype],
+        scale,
+    )
 
 
 def na2d(
@@ -113,23 +138,8 @@ def na2d(
     query, key, value = _dense_last(query), _dense_last(key), _dense_last(value)
     bias = _rpb(rpb, query.dtype)
     out = torch.empty(query.shape, dtype=query.dtype)
-    if not out.numel():
-        return out
-    call = _CALL.pack(
-        *_tensor(query),
-        *_tensor(key),
-        *_tensor(value),
-        *_tensor(out),
-        *(4 * _NO_TENSOR),
-        0 if bias is None else bias.data_ptr(),
-        0,
-        *query.shape,
-        *kernel_size,
-        *dilation,
-        _DTYPES[query.dtype],
-        scale,
-    )
-    _check(library.nat_na2d_forward(call))
+    if out.numel():
+        _check(library.nat_na2d_forward(_call(out, None, query, key, value, bias, kernel_size, dilation, scale)))
     return out
 
 
@@ -150,20 +160,7 @@ def na2d_backward(
     bias = _rpb(rpb, query.dtype)
     grad_rpb = None if bias is None else torch.zeros_like(bias)
     if query.numel():
-        call = _CALL.pack(
-            *_tensor(query),
-            *_tensor(key),
-            *_tensor(value),
-            *_NO_TENSOR,
-            *_tensor(grad_output),
-            *(number for grad in grads for number in _tensor(grad)),
-            0 if bias is None else bias.data_ptr(),
-            0 if grad_rpb is None else grad_rpb.data_ptr(),
-            *query.shape,
-            *kernel_size,
-            *dilation,
-            _DTYPES[query.dtype],
-            scale,
-        )
+        tensors = (None, grad_output, query, key, value, bias)
+        call = _call(*tensors, kernel_size, dilation, scale, grads, grad_rpb)
         _check(library.nat_na2d_backward(call))
     return None if grad_rpb is None else grad_rpb.to(rpb.dtype)
