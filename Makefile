@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow test-sanitize lint bench clean
 
 # One stamp per set of extras, redone when pyproject.toml changes.
 $(VENV)/.installed-%: pyproject.toml
@@ -21,12 +21,19 @@ test: $(VENV)/.installed-test
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow
 
+# The kernel built with ASan and UBSan, over its whole grid.
+test-sanitize: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m slow tests/test_cpu.py -k sanitizers
+
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 bench: $(VENV)/.installed-demo
-	$(BIN)/python scripts/benchmark.py
+	mkdir -p output/bench
+	set -e; for suite in op layer model step memory growth; do \
+		$(BIN)/python scripts/benchmark.py $$suite --json output/bench/$$suite.json --plot output/bench/$$suite.png; \
+	done
 
 clean:
 	rm -rf $(VENV) build demo output

@@ -9,7 +9,7 @@ from timm.layers import trunc_normal_
 from timm.models import register_notrace_module
 from torch import Tensor
 
-from .ops import blocked, na2d_packed
+from .ops import blocked, na2d_packed, traced
 from .ops.window import window_pair
 
 
@@ -79,33 +79,44 @@ class NeighborhoodAttention2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
-        _, height, width, _ = x.shape
-        qkv = self._pad(self.qkv(x))
-        x = self._attend(qkv.unflatten(-1, (3, self.num_heads, self.head_dim)))
-        x = x[:, :height, :width].flatten(3)
+        x = self._attend(self.qkv(x))
         return self.proj_drop(self.proj(x))
 
     @torch.jit.ignore  # the choice of a backend is Python: a scripted model runs and trains but cannot be saved
     def _attend(self, qkv: Tensor) -> Tensor:
-        """[B, H, W, 3, num_heads, head_dim] -> [B, H, W, num_heads, head_dim]."""
+        """[B, H, W, 3 * C] -> [B, H, W, C]."""
+        size = qkv.shape[1:3]
+        padded_size = [_at_least(k * d, n) for k, d, n in zip(self.kernel_size, self.dilation, size, strict=True)]
+        # Whether a symbol is large enough must not be asked: the answer would hold for the exported graph.
+        fits = all(isinstance(n, int) and n == m for n, m in zip(padded_size, size, strict=True))
+        if not fits:
+            qkv = _pad(qkv, self.qkv.bias, *padded_size)
+        qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
         if self.training and self.attn_drop > 0.0:
             window = (self.rpb, self.kernel_size, self.dilation, self.scale)
-            return blocked.na2d(*qkv.unbind(3), *window, dropout_p=self.attn_drop)
-        return na2d_packed(qkv, kernel_size=self.kernel_size, dilation=self.dilation, rpb=self.rpb, scale=self.scale)
-
-    def _pad(self, qkv: Tensor) -> Tensor:
-        """Grows a small map [B, H, W, 3 * C] to its window with what the projection makes of a zero token."""
-        _, height, width, _ = qkv.shape
-        rows = max(0, self.kernel_size[0] * self.dilation[0] - height)
-        cols = max(0, self.kernel_size[1] * self.dilation[1] - width)
-        if rows == cols == 0:
-            return qkv
-        qkv = F.pad(qkv, (0, 0, 0, cols, 0, rows))
-        if self.qkv.bias is None:
-            return qkv
-        padded = torch.ones(height + rows, width + cols, 1, dtype=torch.bool, device=qkv.device)
-        padded[:height, :width] = False
-        return torch.where(padded, self.qkv.bias.to(qkv.dtype), qkv)
+            plain = traced if torch.compiler.is_compiling() else blocked
+            x = plain.na2d(*qkv.unbind(3), *window, dropout_p=self.attn_drop)
+        else:
+            x = na2d_packed(qkv, kernel_size=self.kernel_size, dilation=self.dilation, rpb=self.rpb, scale=self.scale)
+        if not fits:
+            x = x[:, : size[0], : size[1]].clone(memory_format=torch.contiguous_format)
+        return x.flatten(3)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}, kernel_size={self.kernel_size}, dilation={self.dilation}"
+
+
+def _at_least(least: int, length: int | torch.SymInt | Tensor) -> int | torch.SymInt | Tensor:
+    """max(least, length) without a branch: length is a symbol under torch.export, a tensor under torch.jit.trace."""
+    return length.clamp(min=least) if isinstance(length, Tensor) else torch.sym_max(least, length)
+
+
+def _pad(qkv: Tensor, bias: Tensor | None, padded_height: int, padded_width: int) -> Tensor:
+    """Grows a small map [B, H, W, 3 * C] with what the projection makes of a zero token, its bias."""
+    _, height, width, _ = qkv.shape
+    qkv = F.pad(qkv, (0, 0, 0, padded_width - width, 0, padded_height - height))
+    if bias is None:
+        return qkv
+    row, col = (torch.arange(n, device=qkv.device) for n in (padded_height, padded_width))
+    real = (row < height)[:, None, None] & (col < width)[:, None]  # [H, W, 1]
+    return torch.where(real, qkv, bias.to(qkv.dtype))

@@ -38,6 +38,7 @@ class ConvTokenizer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)  # convolutions then hand out what the norm reads: no copies
         return self.norm(self.proj(x).permute(0, 2, 3, 1))  # [B, H, W, C]
 
 
@@ -51,8 +52,13 @@ class ConvDownsampler(nn.Module):
         self.norm = nn.LayerNorm(2 * dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.norm(x)
+        x = x.permute(0, 3, 1, 2)
+        exporting = False
+        if not torch.jit.is_scripting():
+            exporting = torch.compiler.is_exporting()
+        if exporting:  # of a map that is channels-last in memory, export wants to know if B is 1
+            x = x.clone(memory_format=torch.contiguous_format)
+        return self.norm(self.reduction(x).permute(0, 2, 3, 1))
 
 
 class NATBlock(nn.Module):

@@ -1,166 +1,360 @@
-"""Speed of neighborhood attention against its peers, measured side by side.
+"""Speed and memory of neighborhood attention and its networks, measured side by side with their peers.
 
-    python scripts/benchmark.py                     # the operator at NAT-Tiny's four levels
+    python scripts/benchmark.py                     # op: the operator at NAT-Tiny's four levels
     python scripts/benchmark.py layer --batch 8     # the attention layer against timm's shifted-window attention
     python scripts/benchmark.py model --batch 8     # networks, images per second
     python scripts/benchmark.py step --batch 8      # training steps: forward, backward, AdamW
+    python scripts/benchmark.py memory --batch 8    # networks, peak memory of a forward and of a step
+    python scripts/benchmark.py growth              # networks, time per pixel from 224 to 1024 px
+    python scripts/benchmark.py gemm                # networks against their own linear layers and convolutions alone
+    python scripts/benchmark.py dtype               # networks, bfloat16 against float32
+    python scripts/benchmark.py compiled            # networks, eager, fused and compiled; compiling takes minutes
     python scripts/benchmark.py tiles               # which tile the blocked backend should use, forward and backward
 
-All contestants of a row run in one process, in turn, round after round; medians and ratios are printed, so that a
-drifting machine hurts everyone alike.
+Contestants are timed in one process, in turn; medians and ratios are printed, so that a drifting machine hurts everyone
+alike. measure.py says how time and memory are measured. --json keeps the rows, --plot draws them.
 """
 
 import argparse
+import copy
 import json
-import os
-import platform
-import statistics
 import sys
-import tempfile
-import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
+from measure import Call, interleaved, machine, peak_mib
+from report import PLOTS, plot, print_table, short
 from timm.models.swin_transformer import SwinTransformerBlock
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from train import write_atomically
 
-from nat_models import NeighborhoodAttention2d
-from nat_models.ops import blocked, cpu
+from nat_models import NeighborhoodAttention2d, fuse
+from nat_models.ops import blocked, cpu, use_backend
 
 # height, width, num_heads of NAT-Tiny's levels at 224 px; head_dim 32, kernel 7.
 LEVELS = [(56, 56, 2), (28, 28, 4), (14, 14, 8), (7, 7, 16)]
 HEAD_DIM, KERNEL = 32, (7, 7)
-MODELS = ["swin_tiny_patch4_window7_224", "nat_tiny", "nat_mini", "convnext_tiny"]
-DENSE, MASKED = "dense SDPA", "masked SDPA"
+WINDOW = (KERNEL, (1, 1), HEAD_DIM**-0.5)  # as the backends take it: kernel_size, dilation, scale
+LAYERS = [(96, 56), (192, 28), (384, 14), (768, 7)]  # channels and size of Swin-Tiny's maps
+GEMM_SIZE = 2048
+SIZE, SIZES = 224, [224, 384, 512, 768, 1024]  # px; SIZES of growth
+
+# ImageNet-1k top-1 at 224 px as published, for training on ImageNet-1k alone.
+FAMILIES = {
+    "NAT": {"nat_mini": 81.8, "nat_tiny": 83.2, "nat_small": 83.7, "nat_base": 84.3},  # arXiv:2204.07143
+    "Swin": {"swin_tiny_patch4_window7_224": 81.3, "swin_small_patch4_window7_224": 83.0},  # arXiv:2103.14030
+    "ConvNeXt": {"convnext_tiny": 82.1, "convnext_small": 83.1},  # arXiv:2201.03545
+}
+TOP1 = {name: (family, top1) for family, members in FAMILIES.items() for name, top1 in members.items()}
+TINY = ["swin_tiny_patch4_window7_224", "nat_tiny", "nat_mini", "convnext_tiny"]
+MODELS = {  # what a suite of networks runs unless --models says otherwise
+    "model": list(TOP1),
+    "step": TINY,
+    "memory": TINY,
+    "growth": ["nat_tiny"],
+    "gemm": ["nat_tiny"],
+    "dtype": ["nat_tiny"],
+    "compiled": [*TINY, "swin_small_patch4_window7_224"],
+}
 
 
-def interleaved(contestants: dict[str, Callable[[], object]], seconds: float, device: str) -> dict[str, float]:
-    """Median milliseconds of each contestant; they take turns until `seconds` have passed, at least 5 rounds.
-
-    A turn is a run of calls of some 10 ms, whose mean counts: what is short is timed warm, as in a network, and not
-    in the wake of the contestant before it.
-    """
-
-    def turn(run: Callable[[], object], calls: int) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        if device != "cpu":
-            torch.accelerator.synchronize()
-        return 1e3 * (time.perf_counter() - start) / calls
-
-    calls = {}
-    for name, run in contestants.items():
-        turn(run, 2)
-        calls[name] = max(1, round(10 / turn(run, 2)))
-    times = {name: [] for name in contestants}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[next(iter(times))]) < 5:
-        for name, run in contestants.items():
-            times[name].append(turn(run, calls[name]))
-    return {name: statistics.median(t) for name, t in times.items()}
-
-
-def _inputs(args: argparse.Namespace, height: int, width: int, num_heads: int) -> tuple[torch.Tensor, ...]:
+def _inputs(args: argparse.Namespace, height: int, width: int, num_heads: int) -> tuple[Tensor, ...]:
     """qkv, grad_output and rpb of one level."""
     dd = dict(device=args.device, dtype=args.dtype)
     qkv = torch.randn(args.batch, height, width, 3, num_heads, HEAD_DIM, **dd)
     return qkv, torch.randn(args.batch, height, width, num_heads, HEAD_DIM, **dd), torch.randn(num_heads, 13, 13, **dd)
 
 
+def _heads_first(*tensors: Tensor) -> Iterator[Tensor]:
+    """[B, H, W, num_heads, head_dim] -> [B, num_heads, H * W, head_dim]."""
+    return (x.flatten(1, 2).transpose(1, 2) for x in tensors)
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    return F.scaled_dot_product_attention(*_heads_first(q, k, v), attn_mask=mask)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor) -> Call:
+    """Compiled flex_attention: the window as a BlockMask, rpb as score_mod, tokens row by row."""
+    _, height, width, _, _ = q.shape
+
+    def inside(query, key, length, kernel_size):
+        start = (query - kernel_size // 2).clamp(0, length - kernel_size)
+        return (key >= start) & (key < start + kernel_size)
+
+    def in_window(batch, head, query, key):
+        rows = inside(query // width, key // width, height, KERNEL[0])
+        return rows & inside(query % width, key % width, width, KERNEL[1])
+
+    def add_rpb(score, batch, head, query, key):
+        # The block also holds pairs outside the window, whose offsets must stay in the table.
+        row = (key // width - query // width + KERNEL[0] - 1).clamp(0, 2 * KERNEL[0] - 2)
+        col = (key % width - query % width + KERNEL[1] - 1).clamp(0, 2 * KERNEL[1] - 2)
+        return score + rpb[head, row, col]
+
+    mask = create_block_mask(in_window, None, None, height * width, height * width, device=q.device)
+    attend = torch.compile(flex_attention, dynamic=False)
+
+    def run() -> Tensor:
+        out = attend(*_heads_first(q, k, v), score_mod=add_rpb, block_mask=mask)
+        return out.transpose(1, 2).unflatten(1, (height, width))
+
+    return run
+
+
+def _natten(q: Tensor, k: Tensor, v: Tensor) -> Call:
+    import natten
+
+    return partial(natten.na2d, q, k, v, kernel_size=KERNEL)
+
+
+def _optional_peers(args: argparse.Namespace, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor) -> dict[str, Call]:
+    """The peers that may be missing or fail; who does is noted. Each must compute what blocked does."""
+    peers = {}
+    for name, make, bias in (("flex", partial(_flex, q, k, v, rpb), rpb), ("NATTEN", partial(_natten, q, k, v), None)):
+        try:
+            run = make()
+            # Loose enough for any rounding, tight enough to tell another operator.
+            tolerance = torch.finfo(args.dtype).eps ** 0.5
+            torch.testing.assert_close(run(), blocked.na2d(q, k, v, bias, *WINDOW), atol=tolerance, rtol=tolerance)
+        except Exception as error:  # whatever a peer dies of, the others are measured
+            lines = f"{type(error).__name__}: {error}".splitlines()
+            args.notes.append(f"{name} is left out at {[*q.shape]}: {lines[0]}")
+        else:
+            peers[name] = run
+    return peers
+
+
 def op(args: argparse.Namespace) -> list[dict]:
-    """Forward and backward of the operator at each level, against dense attention over the whole map and SGEMM."""
+    """The operator at each level against its peers, and as a fraction of the machine's GEMM rate.
+
+    Masked SDPA is given its mask ready-made, dense SDPA attends to the whole map. Flex, with rpb, and NATTEN, which has
+    none, take part where they run.
+    """
+    native = args.device == "cpu" and cpu.available()[0]
+    ours = "native" if native else "blocked"
+    if not native:
+        args.notes.append(f"native is left out: {cpu.available()[1] if args.device == 'cpu' else 'it is for CPUs'}")
+    a = torch.randn(GEMM_SIZE, GEMM_SIZE, device=args.device, dtype=args.dtype)
+    ops = torch.ops.nat_models
     rows = []
-    a = torch.randn(2048, 2048, device=args.device, dtype=args.dtype)
-    window = (KERNEL, (1, 1), HEAD_DIM**-0.5)
     for height, width, num_heads in LEVELS:
         qkv, grad, rpb = _inputs(args, height, width, num_heads)
         q, k, v = qkv.unbind(3)
         mask = torch.randn(1, num_heads, height * width, height * width, device=args.device, dtype=args.dtype)
-
-        def dense(attn_mask=None, q=q, k=k, v=v):
-            heads_first = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
-            return F.scaled_dot_product_attention(*heads_first, attn_mask=attn_mask)
-
         contestants = {
-            "blocked": partial(blocked.na2d, q, k, v, rpb, *window),
-            DENSE: dense,
-            MASKED: partial(dense, mask),
+            ours: partial(ops.na2d_packed, qkv, rpb, *WINDOW),
+            f"{ours} backward": partial(ops.na2d_packed_backward, grad, qkv, rpb, *WINDOW),
             "GEMM": partial(torch.mm, a, a),
         }
-        if args.device == "cpu" and cpu.available()[0]:
-            ops = torch.ops.nat_models
-            contestants["native"] = partial(ops.na2d_packed, qkv, rpb, *window)
-            contestants["native backward"] = partial(ops.na2d_packed_backward, grad, qkv, rpb, *window)
+        if native:
+            contestants["blocked"] = partial(blocked.na2d, q, k, v, rpb, *WINDOW)
+        peers = _optional_peers(args, q, k, v, rpb)
+        contestants |= peers | {"dense SDPA": partial(_dense, q, k, v), "masked SDPA": partial(_dense, q, k, v, mask)}
+        with use_backend(ours):
+            ms = interleaved(contestants, args.seconds, args.device)
+        gemm = 2 * GEMM_SIZE**3 / ms.pop("GEMM")
+        flops = 2 * grad.numel() * KERNEL[0] * KERNEL[1]  # of one product over all query-key pairs
+        forward, both = ms[ours], ms[ours] + ms[f"{ours} backward"]
+        row = {"map": str([*grad.shape])} | {f"{name} ms": t for name, t in ms.items()}
+        row |= {f"{name} / {ours}": t / forward for name, t in ms.items() if not name.startswith(ours)}
+        row |= {"forward, of GEMM": 2 * flops / forward / gemm, "both, of GEMM": 7 * flops / both / gemm}
+        rows.append(row | {"GEMM GFLOP/s": gemm / 1e6})
+    if any("NATTEN ms" in row for row in rows):
+        args.notes.append(f"NATTEN is {version('natten')}, without rpb")
+    return rows
+
+
+def _layer(kind: str, dim: int, size: int, args: argparse.Namespace, train: bool = False) -> Call:
+    """A call of an attention with its projections, NAT's or Swin's, or of projections alone; `train`: also backward."""
+    dd = dict(device=args.device, dtype=args.dtype)
+    x = torch.randn(args.batch, size, size, dim, requires_grad=train, **dd)
+    layer = forward = NeighborhoodAttention2d(dim, dim // HEAD_DIM, **dd)
+    if kind == "projections":
+        return lambda: layer.proj(layer.qkv(x)[..., :dim])
+    if kind == "Swin":
+        block = SwinTransformerBlock(dim, (size, size), dim // HEAD_DIM, HEAD_DIM, window_size=7, shift_size=3, **dd)
+        layer, forward = block.attn, block._attn
+    if not train:
+        return partial(forward, x)
+    inputs = [x, *layer.parameters()]
+    return torch.enable_grad()(lambda: torch.autograd.grad(forward(x).square().mean(), inputs))
+
+
+def layer(args: argparse.Namespace) -> list[dict]:
+    """Projections and attention at Swin-Tiny's shapes, against timm's shifted windows: time, then peak memory."""
+    rows = []
+    for dim, size in LAYERS:
+        contestants = {kind: _layer(kind, dim, size, args) for kind in ("NAT", "Swin", "projections")}
         ms = interleaved(contestants, args.seconds, args.device)
-        row = {"map": f"[{args.batch}, {height}, {width}, {num_heads}, {HEAD_DIM}]"}
-        row |= {f"{name} ms": t for name, t in ms.items() if name != "GEMM"}
-        row |= {f"blocked / {name}": ms["blocked"] / ms[name] for name in (DENSE, MASKED)}
-        if "native" in ms:
-            gemm = 2 * 2048**3 / ms["GEMM"]
-            flops = 2 * args.batch * height * width * num_heads * KERNEL[0] * KERNEL[1] * HEAD_DIM
-            both = ms["native"] + ms["native backward"]
-            row |= {f"{name} / native": ms[name] / ms["native"] for name in ("blocked", DENSE)}
-            row |= {"forward, of GEMM": 2 * flops / ms["native"] / gemm, "both, of GEMM": 7 * flops / both / gemm}
+        row = {"input": str([args.batch, size, size, dim])} | {f"{name} ms": t for name, t in ms.items()}
+        rows.append(row | {"Swin / NAT": ms["Swin"] / ms["NAT"]})
+    makers = [
+        partial(_layer, kind, *shape, args, train)
+        for shape in LAYERS
+        for train in (False, True)
+        for kind in ("NAT", "Swin")
+    ]
+    try:
+        peaks = iter(peak_mib(makers, args.device))
+    except (OSError, AttributeError) as error:
+        args.notes.append(f"peak memory cannot be read here: {error}")
+        return rows
+    for row in rows:
+        for what in ("forward", "both"):
+            nat, swin = next(peaks), next(peaks)
+            row |= {f"NAT {what} MiB": nat, f"Swin {what} MiB": swin, f"NAT / Swin {what}": nat / swin}
+    return rows
+
+
+def _network(name: str, args: argparse.Namespace, size: int) -> Call:
+    """A call of a network in evaluation, eager."""
+    network = timm.create_model(name, device=args.device, dtype=args.dtype).eval()
+    return partial(network, torch.randn(args.batch, 3, size, size, device=args.device, dtype=args.dtype))
+
+
+def _step(name: str, args: argparse.Namespace, size: int) -> Call:
+    """A training step of a network with stochastic depth 0.2: forward, backward, AdamW."""
+    network = timm.create_model(name, drop_path_rate=0.2, device=args.device, dtype=args.dtype).train()
+    x = torch.randn(args.batch, 3, size, size, device=args.device, dtype=args.dtype)
+    optimizer = torch.optim.AdamW(network.parameters())
+
+    @torch.enable_grad()
+    def run() -> None:
+        network(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def model(args: argparse.Namespace) -> list[dict]:
+    """Networks by speed and published accuracy; how much faster than the peers that are not more accurate."""
+    ms = interleaved({name: _network(name, args, SIZE) for name in args.models}, args.seconds, args.device)
+    rows = []
+    for name, t in ms.items():
+        family, top1 = TOP1.get(name, (None, None))
+        if top1 is None:
+            args.notes.append(f"{name} has no published top-1 here: it is neither compared nor drawn")
+        row = {"model": name, "family": family, "top-1": top1, "ms": t, "images/s": 1e3 * args.batch / t}
+        for peer in ms:
+            peer_family, peer_top1 = TOP1.get(peer, ("NAT", None))
+            if peer_family != "NAT":
+                row[f"over {short(peer)}"] = ms[peer] / t if top1 and top1 >= peer_top1 else None
         rows.append(row)
     return rows
 
 
-def layer(args: argparse.Namespace) -> list[dict]:
-    """Projections and attention at Swin-Tiny's shapes, against timm's shifted windows."""
+def step(args: argparse.Namespace) -> list[dict]:
+    """Training steps of networks."""
+    ms = interleaved({name: _step(name, args, SIZE) for name in args.models}, args.seconds, args.device)
+    first = short(args.models[0])
+    return [
+        {"model": name, "ms": t, "images/s": 1e3 * args.batch / t, f"speed over {first}": ms[args.models[0]] / t}
+        for name, t in ms.items()
+    ]
+
+
+def memory(args: argparse.Namespace) -> list[dict]:
+    """Peak memory of a forward in evaluation and of a training step, beyond weights and optimizer state."""
+    makers = [partial(make, name, args, SIZE) for name in args.models for make in (_network, _step)]
+    try:
+        peaks = peak_mib(makers, args.device)
+    except (OSError, AttributeError) as error:
+        raise SystemExit(f"error: peak memory cannot be read here: {error}") from error
+    first = short(args.models[0])
     rows = []
-    for dim, size in ((96, 56), (192, 28), (384, 14), (768, 7)):
-        dd = dict(device=args.device, dtype=args.dtype)
-        x = torch.randn(args.batch, size, size, dim, **dd)
-        ours = NeighborhoodAttention2d(dim, dim // HEAD_DIM, **dd)
-        swin = SwinTransformerBlock(dim, (size, size), dim // HEAD_DIM, HEAD_DIM, window_size=7, shift_size=3, **dd)
-        contestants = {"NAT": partial(ours, x), "Swin": partial(swin._attn, x)}
-        contestants["projections"] = lambda f=ours, x=x: f.proj(f.qkv(x)[..., : x.shape[-1]])
-        ms = interleaved(contestants, args.seconds, args.device)
-        row = {"input": str([*x.shape])} | {f"{name} ms": t for name, t in ms.items()}
-        rows.append(row | {"Swin / NAT": ms["Swin"] / ms["NAT"]})
+    for name, forward, train in zip(args.models, peaks[::2], peaks[1::2], strict=True):
+        row = {"model": name, "forward MiB": forward, "step MiB": train}
+        rows.append(row | {f"forward / {first}": forward / peaks[0], f"step / {first}": train / peaks[1]})
     return rows
 
 
-def model(args: argparse.Namespace) -> list[dict]:
-    """Networks in evaluation, eager, 224 px."""
-    x = torch.randn(args.batch, 3, 224, 224, device=args.device, dtype=args.dtype)
+def growth(args: argparse.Namespace) -> list[dict]:
+    """Time per pixel over image sizes; the largest `above least` of a network is its spread, max / min - 1."""
+    rows = []
+    for name in args.models:
+        contestants = {size: _network(name, args, size) for size in SIZES}
+        ms = interleaved(contestants, args.seconds, args.device)
+        ns = {size: 1e6 * t / (args.batch * size**2) for size, t in ms.items()}
+        for size in SIZES:
+            row = {"model": name, "px": size, "ms": ms[size], "ns / pixel": ns[size]}
+            rows.append(row | {"above least": ns[size] / min(ns.values()) - 1})
+    return rows
+
+
+def gemm(args: argparse.Namespace) -> list[dict]:
+    """Networks against the sum of their linear layers and convolutions, each timed alone at its input's shape."""
+    rows = []
+    for name in args.models:
+        network = _network(name, args, SIZE)
+        counts, contestants = Counter(), {name: network}
+
+        def record(module: nn.Module, inputs: tuple[Tensor], output: Tensor, counts=counts, contestants=contestants):
+            key = f"{module} of {[*inputs[0].shape]}"  # layers of one kind and shape are timed once, on repeated input
+            counts[key] += 1
+            contestants.setdefault(key, partial(module, torch.randn_like(inputs[0])))
+
+        modules = [m for m in network.func.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        hooks = [module.register_forward_hook(record) for module in modules]
+        network()
+        for hook in hooks:
+            hook.remove()
+        ms = interleaved(contestants, args.seconds, args.device)
+        layers = sum(count * ms[key] for key, count in counts.items())
+        row = {"model": name, "model ms": ms[name], "layers": counts.total(), "layers ms": layers}
+        rows.append(row | {"model / layers": ms[name] / layers})
+    return rows
+
+
+def dtype(args: argparse.Namespace) -> list[dict]:
+    """Networks in a low precision (--dtype, or bfloat16) against float32 with the same weights, random as they are."""
+    low = str(args.dtype).removeprefix("torch.")
+    rows = []
+    for name in args.models:
+        network = timm.create_model(name, device=args.device).eval()
+        lower = copy.deepcopy(network).to(args.dtype)
+        x = torch.randn(args.batch, 3, SIZE, SIZE, device=args.device)
+        logits = network(x)
+        difference = (lower(x.to(args.dtype)).to(logits.dtype) - logits).abs().max().item()
+        contestants = {"float32": partial(network, x), low: partial(lower, x.to(args.dtype))}
+        ms = interleaved(contestants, args.seconds, args.device)
+        row = {"model": name} | {f"{key} images/s": 1e3 * args.batch / t for key, t in ms.items()}
+        row |= {f"{low} over float32": ms["float32"] / ms[low], "largest logit": logits.abs().max().item()}
+        rows.append(row | {"largest difference": difference})
+    return rows
+
+
+def compiled(args: argparse.Namespace) -> list[dict]:
+    """Networks eager, compiled, and compiled with Inductor's freezing, which packs weights; NAT in its fused form."""
     contestants = {}
     for name in args.models:
-        network = timm.create_model(name, device=args.device, dtype=args.dtype).eval()
-        contestants[name] = partial(network, x)
-    return _per_second(args, interleaved(contestants, len(contestants) * args.seconds, args.device))
-
-
-def step(args: argparse.Namespace) -> list[dict]:
-    """Training steps at 224 px with stochastic depth 0.2: forward, backward, AdamW."""
-    x = torch.randn(args.batch, 3, 224, 224, device=args.device, dtype=args.dtype)
-    contestants = {}
-    for name in args.models:
-        network = timm.create_model(name, drop_path_rate=0.2, device=args.device, dtype=args.dtype).train()
-        optimizer = torch.optim.AdamW(network.parameters())
-
-        @torch.enable_grad()
-        def run(network=network, optimizer=optimizer):
-            network(x).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        contestants[name] = run
-    return _per_second(args, interleaved(contestants, len(contestants) * args.seconds, args.device))
-
-
-def _per_second(args: argparse.Namespace, ms: dict[str, float]) -> list[dict]:
-    first = next(iter(ms))
-    return [
-        {"model": name, "ms": t, "images/s": 1e3 * args.batch / t, f"speed over {first}": ms[first] / t}
-        for name, t in ms.items()
-    ]
+        network = _network(name, args, SIZE)
+        module, inputs = network.func, network.args
+        contestants[name, "eager"] = network
+        if TOP1.get(name, ("NAT", None))[0] == "NAT":
+            module = fuse(module)
+            contestants[name, "fused"] = partial(module, *inputs)
+        contestants[name, "compiled"] = partial(torch.compile(module), *inputs)
+        contestants[name, "frozen"] = partial(torch.compile(module, options={"freezing": True}), *inputs)
+    ms = interleaved(contestants, args.seconds, args.device)
+    rows = []
+    for (name, form), t in ms.items():
+        row = {"model": name, "form": form, "ms": t, "images/s": 1e3 * args.batch / t}
+        for peer in args.models:
+            if TOP1.get(peer, ("NAT", None))[0] != "NAT":
+                row[f"over {short(peer)}"] = ms[peer, "eager" if form == "fused" else form] / t
+        rows.append(row)
+    return rows
 
 
 @contextmanager
@@ -178,8 +372,7 @@ def tiles(args: argparse.Namespace) -> list[dict]:
     rows = []
     for height, width, num_heads in LEVELS:
         qkv, grad, rpb = _inputs(args, height, width, num_heads)
-        q, k, v = qkv.unbind(3)
-        fixed = (q, k, v, rpb, KERNEL, (1, 1), HEAD_DIM**-0.5)
+        fixed = (*qkv.unbind(3), rpb, *WINDOW)
         choices = {f"{tile} x {tile}": (tile, 0) for tile in (4, 7, 8, 14) if tile < height}
         if height <= 28:
             choices["whole map"] = (max(height, width), 10**9)
@@ -193,58 +386,63 @@ def tiles(args: argparse.Namespace) -> list[dict]:
                 with _tiling(*choice):
                     return run(*inputs)
 
-            contestants = {name: lambda c=choice, f=contestant: f(c) for name, choice in choices.items()}
+            contestants = {name: partial(contestant, choice) for name, choice in choices.items()}
             medians = interleaved(contestants, args.seconds, args.device)
-            name = f"{direction} [{args.batch}, {height}, {width}, {num_heads}, {HEAD_DIM}]"
-            rows.append({"map": name, **{f"{c} ms": ms for c, ms in medians.items()}})
+            rows.append({"map": f"{direction} {[*grad.shape]}", **{f"{c} ms": ms for c, ms in medians.items()}})
     return rows
 
 
-SUITES = {"op": op, "layer": layer, "model": model, "step": step, "tiles": tiles}
+SUITES = {f.__name__: f for f in (op, layer, model, step, memory, growth, gemm, dtype, compiled, tiles)}
 
 
-def machine(device: str) -> str:
-    if device != "cpu":
-        return torch.cuda.get_device_name() if device.startswith("cuda") else device
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return f"{name}, {torch.get_num_threads()} threads"
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("suite", nargs="?", choices=SUITES, default="op")
+    add("--batch", type=int, default=1)
+    add("--device", default="cpu")
+    add("--dtype", choices=["float32", "float16", "bfloat16", "float64"], help="float32; bfloat16 for the suite dtype")
+    add("--threads", type=int, help="torch.set_num_threads; PyTorch's own default otherwise")
+    add("--seconds", type=float, default=2.0, help="how long each contestant is run; it has 3 turns at least")
+    add("--models", nargs="+", help=f"timm names, for {', '.join(MODELS)}")
+    add("--json", type=Path, metavar="FILE", help="write the rows here too")
+    add("--plot", type=Path, metavar="FILE", help="draw the rows to this PNG file")
+    args = parser.parse_args(argv)
+    if (args.suite, args.dtype) == ("dtype", "float32"):
+        parser.error("the suite dtype compares another --dtype with float32.")
+    if args.models and args.suite not in MODELS:
+        parser.error(f"--models is for {', '.join(MODELS)}; {args.suite} runs no networks.")
+    if args.plot and args.suite not in PLOTS:
+        parser.error(f"--plot is for {', '.join(PLOTS)}; {args.suite} has none.")
+    for path in (args.json, args.plot):
+        if path is not None and not path.parent.is_dir():  # better known now than after minutes
+            parser.error(f"there is no folder {path.parent} for {path.name}.")
+    args.models = args.models or MODELS.get(args.suite)
+    args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.suite == "dtype" else "float32"))
+    args.notes = []  # what a suite has to say beside its rows
+    return args
 
 
-def print_table(rows: list[dict]) -> None:
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    show = lambda x: x if isinstance(x, str) else "" if x is None else f"{x:.3g}"  # noqa: E731
-    cells = [[show(row.get(column)) for column in columns] for row in rows]
-    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
-    for line in (columns, ["-" * w for w in widths], *cells):
-        print("| " + " | ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)) + " |")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", nargs="?", choices=SUITES, default="op")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16", "float64"])
-    parser.add_argument("--threads", type=int, help="torch.set_num_threads; PyTorch's own default otherwise")
-    parser.add_argument("--seconds", type=float, default=3.0, help="measuring time of each row")
-    parser.add_argument("--models", nargs="+", default=MODELS, help="timm names, for model and step")
-    parser.add_argument("--json", type=Path, help="write the rows here too")
-    args = parser.parse_args()
-    args.dtype = getattr(torch, args.dtype)
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_args(argv)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-
+    torch.manual_seed(0)
     about = f"{machine(args.device)}; PyTorch {torch.__version__}, {args.dtype}, batch {args.batch}; {date.today()}"
-    print(f"{args.suite}: medians of interleaved runs. {about}")
+    print(f"{args.suite}: {SUITES[args.suite].__doc__.splitlines()[0]}\n{about}")
     with torch.no_grad():
         rows = SUITES[args.suite](args)
     print_table(rows)
+    for note in args.notes:
+        print(f"note: {note}.")
     if args.json is not None:
-        with tempfile.NamedTemporaryFile("w", dir=args.json.parent, delete=False) as file:
-            json.dump({"suite": args.suite, "about": about, "command": sys.argv, "rows": rows}, file, indent=2)
-        os.replace(file.name, args.json)
+        content = {"suite": args.suite, "about": about, "arguments": argv, "notes": args.notes, "rows": rows}
+        write_atomically(args.json, json.dumps(content, indent=2))
+    if args.plot is not None:
+        write_atomically(args.plot, plot(args.suite, rows, about))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The C++ kernel against the reference, over a grid of shapes, windows, dtypes, strides, threads, instruction sets."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -173,6 +174,48 @@ def test_every_instruction_set_passes_the_grid(isa):
     )
     assert run.returncode == 0, run.stdout[-3000:]
     assert f"{2 * len(GRID) + 1} passed" in run.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_sanitizers_find_nothing_in_the_grid(isa, sanitized):
+    library, preload = sanitized
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": preload,
+        "NAT_MODELS_CPU_ISA": isa,
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python itself never frees all it has
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    code = (
+        "import sys, pathlib, pytest, nat_models.ops.cpu as cpu\n"
+        "cpu._find = lambda: pathlib.Path(sys.argv[1])\n"
+        "print(cpu.available())\n"
+        "sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', *sys.argv[2:]]))"
+    )
+    tests = [
+        f"{Path(__file__)}::{name}" for name in ("test_kernel_is_the_reference", "test_any_strides_give_the_same_bits")
+    ]
+    run = subprocess.run([sys.executable, "-c", code, library, *tests], env=environment, capture_output=True, text=True)
+    if "beyond this CPU" in run.stdout or "unknown to this build" in run.stdout:
+        pytest.skip(run.stdout.splitlines()[0])
+    assert run.returncode == 0, (run.stdout + run.stderr)[-5000:]
+    assert f"{len(GRID) * len(TOLERANCE) * 2 + 2} passed" in run.stdout
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    """The kernel built with ASan and UBSan, and what must be preloaded for it to run in a Python built without."""
+    missing = [tool for tool in ("cmake", "g++") if shutil.which(tool) is None]
+    if missing:
+        pytest.skip(f"cannot build the kernel: no {' and no '.join(missing)}")
+    build = tmp_path_factory.mktemp("sanitized")
+    source = Path(__file__).parents[1] / "nat_models" / "ops" / "csrc"
+    for command in (["-S", source, "-B", build, "-DNAT_SANITIZE=ON"], ["--build", build]):
+        subprocess.run(["cmake", *map(str, command)], check=True, capture_output=True, text=True)
+    find = [f"-print-file-name=lib{name}.so" for name in ("asan", "ubsan")]
+    paths = [subprocess.run(["g++", flag], check=True, capture_output=True, text=True).stdout.strip() for flag in find]
+    return str(build / "nat_cpu.so"), " ".join(paths)
 
 
 def test_an_unknown_instruction_set_is_refused_with_its_name():

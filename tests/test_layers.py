@@ -55,6 +55,15 @@ def test_attention_dropout_drops_in_training_alone():
     assert ((samples.mean(0) - plain(x)).abs() < 5 * samples.std(0) / 16).float().mean() > 0.99
 
 
+def test_training_with_dropout_follows_inference():
+    layer = NeighborhoodAttention2d(8, 1, kernel_size=3, attn_drop=0.5)
+    x = torch.randn(1, 16, 21, 8)
+    with torch.inference_mode(), use_backend("blocked"):
+        layer.eval()(x)
+    layer.train()(x).sum().backward()  # what the first call cached serves the second
+    assert layer.qkv.weight.grad is not None
+
+
 def test_without_rpb_there_is_no_parameter():
     layer = NeighborhoodAttention2d(8, 2, kernel_size=3, rel_pos_bias=False)
     assert layer.rpb is None and "rpb" not in layer.state_dict()

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import nat_models  # noqa: F401  registers the models
 from nat_models.nat import NAT
+from nat_models.ops import fvcore_handles
 from tests.conftest import FIXTURES, original_state_dict, tensor
 
 MODELS = list_models(module="nat")
@@ -70,6 +71,19 @@ def test_size_and_cost_are_the_published_ones(name):
     with FlopCounterMode(display=False) as counter:
         model(torch.empty(1, 3, 224, 224, device="meta"))
     assert f"{counter.get_total_flops() / 2e9:.1f}" == gmacs
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_fvcore_counts_the_published_cost_too(name):
+    flop_count = pytest.importorskip("fvcore.nn", reason="fvcore is not installed").FlopCountAnalysis
+    model, image = create_model(name).eval().requires_grad_(False), torch.zeros(1, 3, 224, 224)
+    count = flop_count(model, image).set_op_handle(**fvcore_handles)
+    count.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    assert f"{count.total() / 1e9:.1f}" == PUBLISHED[name][1]
+    with FlopCounterMode(display=False) as counter:
+        model(image)
+    flops = counter.get_flop_counts()["Global"][torch.ops.nat_models.na2d_packed]
+    assert 2 * count.by_operator()["na2d_packed"] == flops  # an operation of fvcore is a multiply and an add
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -69,7 +69,7 @@ def test_how_tos_run_as_printed(hub, desk):
         run = subprocess.run(_command(block), cwd=desk, env=environment, capture_output=True, text=True)
         assert run.returncode == 0, f"{block}\n{run.stdout}\n{run.stderr}"
         ran += 1
-    assert ran == 8
+    assert ran == 12
     assert {"summary.csv", "curve.png", "best", "last"} <= {f.name for f in (desk / "output").iterdir()}
     assert (desk / "features.safetensors").is_file()
 

@@ -1,4 +1,8 @@
-"""na2d, 2-D neighborhood attention: the operator, its registration with PyTorch and the choice of backend."""
+"""na2d, 2-D neighborhood attention: the operator, its registration with PyTorch and the choice of backend.
+
+The kernels of the operator torch.ops.nat_models.na2d are `native` and `blocked`. The other backends bring an autograd
+of their own and are called before it, so that torch.compile sees into them.
+"""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -6,18 +10,28 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import blocked, cpu, reference
+from . import blocked, cpu, flex, natten, reference, traced
+from .call import Call
 from .window import window_pair
 
-__all__ = ["BACKENDS", "explain", "na2d", "na2d_packed", "use_backend"]
+__all__ = ["BACKENDS", "explain", "fvcore_handles", "na2d", "na2d_packed", "use_backend"]
 
 BACKENDS = {
     "native": "the C++ kernel, forward and backward; CPU",
+    "natten": "NATTEN's fused kernels, without rpb; CUDA",
+    "flex": "flex_attention with rpb as its score_mod, compiled; CUDA and XPU",
     "blocked": "tiles of queries against their halo through scaled_dot_product_attention; any device",
+    "traced": "blocked in operations that know no size; what torch.export writes down",
     "reference": "every key gathered, in plain autograd; slow, the meaning of the operator",
 }
+
+# In order of preference. natten and flex run on a CPU too, for tests: slowly and without gradients.
+_AUTOMATIC = {"cpu": ("native", "blocked")}
+_AUTOMATIC_ELSEWHERE = ("natten", "flex", "blocked")
+_OUTSIDE = {"natten": natten, "flex": flex, "traced": traced, "reference": reference}
 
 _requested: str | None = os.environ.get("NAT_MODELS_BACKEND") or None
 
@@ -46,43 +60,102 @@ def _check_backend(name: str) -> None:
         raise ValueError(f"The backend asked for, {name!r}, does not exist; known are {', '.join(BACKENDS)}.")
 
 
-def _why_not(name: str, device: str) -> str | None:
-    """Why a backend cannot run on a kind of device; None if it can."""
-    if name != "native":
-        return None
-    if device != "cpu":
-        return f"it runs on the CPU, not on {device}"
+def _why_not(name: str, call: Call) -> str | None:
+    """Why a backend cannot run a kind of call; None if it can."""
+    if name in ("natten", "flex"):
+        return _OUTSIDE[name].why_not(call)
+    return _why_not_native(call.device) if name == "native" else None
+
+
+def _why_not_native(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"it runs on the CPU, not on {device.type}"
     available, reason = cpu.available()
     return None if available else reason
 
 
-def _backend(query: Tensor) -> str:
-    device = query.device.type
+def _automatic(device: torch.device) -> tuple[str, ...]:
+    return _AUTOMATIC.get(device.type, _AUTOMATIC_ELSEWHERE)
+
+
+def _backend(call: Call) -> str:
     if _requested is None:
-        return "blocked" if _why_not("native", device) else "native"
+        return next(name for name in _automatic(call.device) if _why_not(name, call) is None)
     _check_backend(_requested)
-    if why := _why_not(_requested, device):
-        raise RuntimeError(f"The backend {_requested!r} was asked for and cannot run: {why}.")
+    if why := _why_not(_requested, call):
+        raise _refusal(why)
     return _requested
 
 
-def explain(device: str = "cpu") -> str:
+def _refusal(why: str) -> RuntimeError:
+    return RuntimeError(f"The backend {_requested!r} was asked for and cannot run: {why}.")
+
+
+def explain(
+    device: str | torch.device = "cpu",
+    *,
+    dtype: torch.dtype = torch.float32,
+    rpb: bool = True,
+    requires_grad: bool = False,
+    compiling: bool = False,
+    head_dim: int = 32,
+    scale: float | None = None,
+) -> str:
     """What na2d would run on, what the other backends are, and why those that cannot run cannot.
 
-    `python -m nat_models` prints it.
+    `python -m nat_models` prints it. Nothing runs: limits are asked about beforehand, here as in na2d. Two things are
+    left out. Under torch.export the automatic choice is traced. In torch.jit.trace and under a TorchDispatchMode such
+    as FlopCounterMode it is among native and blocked, so that what looks on sees the operator as one node.
+
+    Args:
+        device: Where query, key and value are.
+        dtype: Of query, key and value.
+        rpb: Whether there is a relative position bias.
+        requires_grad: Whether a gradient is wanted, of rpb or any other input.
+        compiling: Whether the call is traced by torch.compile.
+        head_dim: Channels of a head.
+        scale: As in na2d.
     """
-    reasons = {name: _why_not(name, device) for name in BACKENDS}
-    chosen = _requested or next(name for name, why in reasons.items() if why is None)
+    scale = head_dim**-0.5 if scale is None else scale
+    call = Call(torch.device(device), dtype, head_dim, scale, rpb, requires_grad, compiling)
+    reasons = {name: _why_not(name, call) for name in BACKENDS}
+    order = _automatic(call.device)
+    chosen = _requested or next(name for name in order if reasons[name] is None)
     _check_backend(chosen)
-    origin = "chosen automatically" if _requested is None else "asked for by NAT_MODELS_BACKEND or use_backend"
-    lines = [f"On {device}, na2d runs on {chosen}, {origin}."]
+    if _requested is None:
+        origin = f"chosen automatically, the first that can of {', '.join(order)}"
+    else:
+        origin = "asked for by NAT_MODELS_BACKEND or use_backend"
+    kind = [str(dtype).removeprefix("torch."), "with rpb" if rpb else "without rpb"]
+    kind += ["with gradient"] * requires_grad + ["under torch.compile"] * compiling
+    verb = "runs on" if reasons[chosen] is None else "raises an error on"
+    lines = [f"On {call.device} ({', '.join(kind)}), na2d {verb} {chosen}, {origin}."]
     for name, what in BACKENDS.items():
         lines.append(f"  {'*' if name == chosen else ' '} {name:10} {what}")
         if reasons[name] is not None:
-            lines.append(f"{'':13} cannot run: {reasons[name]}")
+            lines.append(f"{'':14} cannot run: {reasons[name]}")
         elif name == "native":
-            lines.append(f"{'':13} instruction set and threads: {cpu.available()[1]}")
+            lines.append(f"{'':14} instruction set and threads: {cpu.available()[1]}")
     return "\n".join(lines)
+
+
+def _outside(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, scale: float):
+    """The module of the backend that a call runs on; None for the operator, whose kernels are native and blocked."""
+    if _requested is None and torch.compiler.is_exporting():
+        return traced  # an exported graph must run without this package
+    if query.device.type in ("cpu", "meta") and _requested in (None, "native", "blocked"):
+        return None
+    compiling = torch.compiler.is_compiling()
+    # Nothing to compute: the operator makes the empty result, or the fake one.
+    if query.numel() == 0 or query.device.type == "meta" or (not compiling and isinstance(query, FakeTensor)):
+        return None
+    # What looks on sees one node; explain tells.
+    if _requested is None and not compiling and (torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack()):
+        return None
+    inputs = (query, key, value) if rpb is None else (query, key, value, rpb)
+    requires_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    call = Call(query.device, query.dtype, query.shape[-1], scale, rpb is not None, requires_grad, compiling)
+    return _OUTSIDE.get(_backend(call))
 
 
 def na2d(
@@ -121,9 +194,9 @@ def na2d(
     """
     query, key, value = map(_autocast, (query, key, value))
     window = _window(query, key, value, rpb, kernel_size, dilation, scale)
-    if _requested == "reference":
+    if backend := _outside(query, key, value, rpb, window[-1]):
         with _autocast_off(query):
-            return reference.na2d(query, key, value, rpb, *window)
+            return backend.na2d(query, key, value, rpb, *window)
     return torch.ops.nat_models.na2d(query, key, value, rpb, *window)
 
 
@@ -142,10 +215,11 @@ def na2d_packed(
     qkv = _autocast(qkv)
     if qkv.ndim != 6 or qkv.shape[3] != 3:
         raise ValueError(f"qkv must be [B, H, W, 3, num_heads, head_dim], got shape {tuple(qkv.shape)}.")
-    window = _window(*qkv.unbind(3), rpb, kernel_size, dilation, scale)
-    if _requested == "reference":
+    query, key, value = qkv.unbind(3)
+    window = _window(query, key, value, rpb, kernel_size, dilation, scale)
+    if backend := _outside(query, key, value, rpb, window[-1]):
         with _autocast_off(qkv):
-            return reference.na2d(*qkv.unbind(3), rpb, *window)
+            return backend.na2d(query, key, value, rpb, *window)
     return torch.ops.nat_models.na2d_packed(qkv, rpb, *window)
 
 
@@ -216,7 +290,13 @@ for _name, _schema in _SCHEMAS.items():
 
 
 def _kernels(query: Tensor):
-    return cpu if _backend(query) == "native" else blocked
+    """The module of the operator's own kernel."""
+    if _requested is not None:
+        _check_backend(_requested)
+    why = _why_not_native(query.device)
+    if why and _requested == "native":
+        raise _refusal(why)
+    return blocked if why or _requested == "blocked" else cpu
 
 
 def _empty(x: Tensor) -> Tensor:
@@ -228,6 +308,8 @@ def _rpb_gradient(rpb: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _forward(query, key, value, rpb, kernel_size, dilation, scale):
+    if _requested in _OUTSIDE and query.numel():
+        raise _refusal("torch.ops.nat_models has native and blocked kernels, nat_models.na2d reaches the others")
     with _autocast_off(query):
         return _kernels(query).na2d(query, key, value, rpb, tuple(kernel_size), tuple(dilation), scale)
 
@@ -331,3 +413,16 @@ def _na2d_packed_flops(qkv_shape, rpb_shape, kernel_size, *args, **kwargs) -> in
 @register_flop_formula(torch.ops.nat_models.na2d_packed_backward)
 def _na2d_packed_backward_flops(grad_shape, qkv_shape, rpb_shape, kernel_size, *args, **kwargs) -> int:
     return 5 * _pair_flops(_head_shape(qkv_shape), kernel_size)
+
+
+def _fvcore_handle(head_shape):
+    def handle(inputs: list, outputs: list) -> int:
+        """Operations of one call in a torch.jit graph; fvcore counts a multiply and an add as one."""
+        kernel_size = [x.toIValue() for x in inputs[-3].node().inputs()]
+        return _pair_flops(head_shape(inputs[0].type().sizes()), kernel_size)  # QK^T and PV, 2 FLOPs per operation
+
+    return handle
+
+
+# For fvcore: FlopCountAnalysis(model, image).set_op_handle(**fvcore_handles)
+fvcore_handles = {"nat_models::na2d": _fvcore_handle(list), "nat_models::na2d_packed": _fvcore_handle(_head_shape)}

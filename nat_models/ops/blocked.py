@@ -112,6 +112,7 @@ def _plan(query: Tensor, kernel_size: tuple[int, int], dilation: tuple[int, int]
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a cached plan serves training too
 def _plan_of(
     size: tuple[int, int],
     num_heads: int,

@@ -33,8 +33,7 @@ def window_start(position: Tensor, length: Tensor | int, kernel_size: int) -> Te
         length: Length of the axis (of the group); at least `kernel_size`.
         kernel_size: Odd window length.
     """
-    last_start = torch.as_tensor(length, device=position.device) - kernel_size
-    return torch.minimum((position - kernel_size // 2).clamp(min=0), last_start)
+    return (position - kernel_size // 2).clamp(min=0).clamp(max=length - kernel_size)
 
 
 def group_length(length: int, dilation: int, group: Tensor | int) -> Tensor | int:

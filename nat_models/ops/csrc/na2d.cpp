@@ -159,16 +159,6 @@ struct Place {
             }
         }
     }
-    // Asks for a row of tokens ahead of its use: their stride and page boundaries defeat the hardware's own prefetch.
-    template <class E>
-    void prefetch_row(const nat_tensor& t, index_t row) const {
-        const index_t step = t.stride[2] * plan.call.dilation[1], dim = plan.dim;
-        for (index_t i = 0; i < (plan.flat ? map_rows : 1); ++i) {
-            const E* p = token<const E>(t, row + i);
-            for (index_t n = 0; n < map_cols; ++n, p += step)
-                for (index_t j = 0; j < dim; j += 64 / sizeof(E)) __builtin_prefetch(p + j);
-        }
-    }
     template <class E>
     void store_row(const nat_tensor& t, index_t row, const C* from) const {
         const index_t step = t.stride[2] * plan.call.dilation[1];
@@ -274,6 +264,37 @@ struct Bias {
     }
 };
 
+// Rows of tokens that will be touched soon, most urgent first. Their stride defeats the hardware's own prefetch, so the
+// work in between asks for them, a few tokens at a time: all at once, it would wait for what it asked for.
+template <class E>
+struct Soon {
+    struct Run {
+        const E* from;
+        index_t step, tokens;
+    };
+    static constexpr index_t kMost = 64;  // what exceeds it goes without
+    static constexpr index_t kTokens = 16;
+    Run runs[kMost];
+    index_t first = 0, count = 0;
+    index_t dim;
+
+    template <class C>
+    void row(const Place<C>& at, const nat_tensor& t, index_t row) {
+        const index_t step = t.stride[2] * at.plan.call.dilation[1];
+        for (index_t i = 0; i < (at.plan.flat ? at.map_rows : 1) && count < kMost; ++i)
+            runs[count++] = {at.template token<const E>(t, row + i), step, at.map_cols};
+    }
+    void fetch() {
+        for (index_t n = 0; n < kTokens && first < count; ++n) {
+            Run& run = runs[first];
+            for (index_t i = 0; i < dim; i += 64 / sizeof(E)) __builtin_prefetch(run.from + i, 0, 2);
+            run.from += run.step;
+            if (--run.tokens == 0) ++first;
+        }
+    }
+    void clear() { first = count = 0; }
+};
+
 // One thread's scratch, and the work of a task in it. E is what tensors hold, C what is computed with.
 template <class E, class C>
 struct Worker {
@@ -294,8 +315,10 @@ struct Worker {
     Segment<C>* segments;
     index_t *query_slot, *key_slot;  // row % ring, without a division at each use
     index_t bias_head = -1, bias_rows = -1, bias_cols = -1;
+    Soon<E> soon;
 
     Worker(const Plan<C>& plan, Arena& arena) : plan(plan), transposed_wide(plan.wide + 2 * L) {
+        soon.dim = plan.dim;
         const index_t line = plan.line, keys = plan.kernel_rows * plan.kernel_cols;
         const bool grad = plan.backward;
         query = arena.take<C>(line * (grad ? plan.ring : 1));
@@ -359,6 +382,7 @@ struct Worker {
             for (index_t part = 0; part < cut.parts; ++part) {
                 const index_t from = cut.begin(part), n = cut.begin(part + 1) - from;
                 for (index_t i = 0; i < n; ++i) aim(i, 0, from + i);
+                soon.fetch();
                 dots<Keys::Splat>(tile, n, across.kernel);
             }
             return;
@@ -374,6 +398,7 @@ struct Worker {
             for (index_t part = 0; part < cut.parts; ++part) {
                 const index_t row = begin + cut.begin(part), n = begin + cut.begin(part + 1) - row;
                 for (index_t i = 0; i < n; ++i) aim(i, row + i, block);
+                soon.fetch();
                 if (shifted) dots<Keys::Shifted>(tile, n, across.kernel);
                 else dots<Keys::Permuted>(tile, n, across.kernel);
             }
@@ -405,6 +430,7 @@ struct Worker {
             reach = {L, band ? 1 - L : 1, 0, across.kernel + (band ? end - begin - 1 : 0), band};
             tile.row = across.start(begin) * plan.padded;
             tile.weight = begin / L * block_step + begin % L;
+            soon.fetch();
             blend(tile, end - begin, scale + begin * scale_step, out + begin * plan.padded);
         };
         const index_t inner = across.length - across.right;
@@ -442,6 +468,7 @@ struct Worker {
                     *segment++ = {tokens + pieces[i].token, weight + pieces[i].weight, &pieces[i].reach};
             }
             const Blend<C> tile{segments, segment - segments, 0, 0, across.kernel, plan.padded};
+            soon.fetch();
             blend(tile, c1 - c0, ones, out + c0 * plan.padded);
         };
         // A tile sees all of a border's queries or none, so none may straddle the edge of a border's window.
@@ -456,6 +483,7 @@ struct Worker {
         const index_t keys = at.down.kernel * at.across.kernel;
         for (index_t j = 0; j < at.across.length; j += L) {
             C* p = weights(logits, row, j / L);
+            soon.fetch();
             const vec<C> inv = softmax(p, keys);
             store(inverse + j, inv);
             if (!plan.backward) continue;
@@ -492,15 +520,30 @@ struct Worker {
         }
     }
 
-    // Prefetches what the sweep will load next: a key row, and the query rows [begin, end).
-    void ahead(const Place<C>& at, index_t row, index_t begin, index_t end) const {
+    // What a step of the sweep will write, and what the next one, of this task or the next, will read.
+    void expect(const Place<C>& at, index_t task, index_t row, index_t stop, index_t finished, index_t ends, index_t loaded,
+                index_t flushed, index_t done) {
         const auto& call = plan.call;
-        at.template prefetch_row<E>(call.key, row);
-        at.template prefetch_row<E>(call.value, row);
-        for (; begin < end; ++begin) {
-            at.template prefetch_row<E>(call.query, begin);
-            if (plan.backward) at.template prefetch_row<E>(call.grad_out, begin);
+        soon.clear();
+        for (; finished < ends; ++finished) soon.row(at, plan.backward ? call.grad_query : call.out, finished);
+        for (; flushed < done; ++flushed) {
+            soon.row(at, call.grad_key, flushed);
+            soon.row(at, call.grad_value, flushed);
         }
+        const auto read = [&](const Place<C>& place, index_t key_row, index_t begin, index_t end) {
+            soon.row(place, call.key, key_row);
+            soon.row(place, call.value, key_row);
+            for (; begin < end; ++begin) {
+                soon.row(place, call.query, begin);
+                if (plan.backward) soon.row(place, call.grad_out, begin);
+            }
+        };
+        if (row + 1 < stop) return read(at, row + 1, loaded, least(loaded + 1, at.last()));
+        if (task + 1 == plan.tasks) return;
+        const Place<C> next(plan, (task + 1) / plan.strips, (task + 1) % plan.strips);
+        index_t end = next.first();
+        while (end < next.last() && next.down.start(end) == next.down.start(next.first())) ++end;
+        if (end > next.first()) read(next, next.down.start(next.first()), next.first(), end);
     }
 
     void run(index_t task, C* halo, C* grad_rpb) {
@@ -537,18 +580,14 @@ struct Worker {
             C* const values_t = plan.flat || !plan.backward ? nullptr : value_t;
             at.template load_row<E>(call.key, row, 1, keys, keys_t, transposed_wide, L);
             at.template load_row<E>(call.value, row, 1, values, values_t, transposed_wide, L);
-            if (row + 1 < stop) {
-                ahead(at, row + 1, loaded, least(loaded + 1, at.last()));
-            } else if (task + 1 < plan.tasks) {
-                const Place<C> next(plan, (task + 1) / plan.strips, (task + 1) % plan.strips);
-                if (next.first() < next.last()) ahead(next, next.down.start(next.first()), next.first(), next.first() + 1);
-            }
+            // The query rows that see no further key row, and (backward) the key rows that no further query row sees.
+            index_t ends = finished;
+            while (ends < loaded && down.start(ends) + down.kernel - 1 == row) ++ends;
+            const index_t done = !plan.backward ? flushed : ends == at.last() ? row + 1 : down.start(ends);
+            expect(at, task, row, stop, finished, ends, loaded, flushed, done);
             products(at, query_t, plan.flat ? keys : keys_t, with_bias, logits, row, finished, loaded);
             if (plan.backward) products(at, grad_out_t, plan.flat ? values : values_t, false, grad_logits, row, finished, loaded);
-            for (; finished < loaded && down.start(finished) + down.kernel - 1 == row; ++finished)
-                finish_query_row(at, finished);
-            if (!plan.backward) continue;
-            const index_t done = finished == at.last() ? row + 1 : down.start(finished);
+            for (; finished < ends; ++finished) finish_query_row(at, finished);
             for (; flushed < done; ++flushed) {
                 while (down.start(oldest) + down.kernel <= flushed) ++oldest;
                 index_t end = oldest;

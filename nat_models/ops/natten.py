@@ -1,0 +1,75 @@
+"""NATTEN's fused kernels, for calls without rpb: NATTEN dropped it with the rewrite of 0.20."""
+
+import functools
+import importlib.metadata
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from .call import Call
+
+
+def why_not(call: Call) -> str | None:
+    """Why NATTEN cannot run a kind of call; None if it can."""
+    device = call.device.type
+    if call.rpb:
+        return "NATTEN has no relative position bias"
+    if call.scale == 0.0:
+        return "NATTEN takes a scale of 0.0 for none given"
+    if device not in ("cpu", "cuda"):
+        return f"NATTEN runs on CUDA and the CPU, not on {device}"
+    if why := _why_not_installed(device, call.compiling):
+        return why
+    if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"NATTEN computes in float32, bfloat16 and float16, not in {call.dtype}"
+    if device == "cuda":
+        return f"NATTEN's kernels take a head_dim divisible by 8, not {call.head_dim}" if call.head_dim % 8 else None
+    # On a CPU, NATTEN calls flex_attention, uncompiled.
+    if call.requires_grad:
+        return "NATTEN has no backward on the CPU"
+    if call.head_dim not in (32, 64, 128, 256, 512):  # NATTEN 0.20; later versions take 8 and 16 too
+        return f"on the CPU NATTEN takes a head_dim that is a power of two from 32 to 512, not {call.head_dim}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _why_not_installed(device: str, compiling: bool) -> str | None:
+    return _why_no_natten(device, compiling)
+
+
+@functools.cache
+def _why_no_natten(device: str, compiling: bool) -> str | None:
+    if importlib.util.find_spec("natten") is None:
+        return "the package natten is not installed"
+    version = importlib.metadata.version("natten")
+    number = tuple(int(x) for x in version.split("+")[0].split(".")[:3])
+    if number < (0, 20):
+        return f"natten {version} is installed, its kernels have this form from 0.20 on"
+    if device == "cpu":
+        return "torch.compile cannot trace what NATTEN does on a CPU" if compiling else None
+    if compiling and number < (0, 21, 5):
+        return f"natten {version} is installed, torch.compile can trace it from 0.21.5 on"
+    if not torch.cuda.is_available():
+        return "there is no cuda device here"
+    try:
+        import natten
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"natten {version} cannot be imported: {error}"
+    # Without its library NATTEN would call flex_attention here too, uncompiled.
+    return None if natten.HAS_LIBNATTEN else f"natten {version} was built without its CUDA kernels"
+
+
+def na2d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: None,
+    kernel_size: tuple[int, int],
+    dilation: tuple[int, int],
+    scale: float,
+) -> Tensor:
+    """Neighborhood attention of checked tensors [B, H, W, num_heads, head_dim]; see `nat_models.na2d`."""
+    import natten
+
+    return natten.na2d(query, key, value, kernel_size=kernel_size, dilation=dilation, scale=scale).contiguous()

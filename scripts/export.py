@@ -1,0 +1,256 @@
+"""Exports a model to one file that runs without this package.
+
+    python scripts/export.py --model nat_tiny --format onnx --output nat_tiny.onnx --dynamic-size --check
+
+onnx         plain ONNX operators, for onnxruntime and its like
+pt2          torch.export: torch.export.load("nat_tiny.pt2").module()
+aoti         compiled by AOTInductor for this machine: torch._inductor.aoti_load_package("nat_tiny.pt2")
+torchscript  a trace: torch.jit.load("nat_tiny.pt")
+
+The file maps "image", [B, C, H, W] in float32, to "logits", [B, num_classes] in float32, for any B. H and W are those
+of --img-size, or any from 32 px with --dynamic-size (TorchScript: always any; AOTInductor: never). Its metadata holds
+"model", "preprocessing" (JSON) and "label_names" (a JSON list, empty if unknown): metadata_props in ONNX, extra files
+in pt2 and TorchScript, get_metadata() of an AOTInductor package.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.data.model_config import resolve_input_data_config
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from train import Config, UserError, console, make_model, parse_model_kwargs
+
+from nat_models.checkpoints import CheckpointError
+from nat_models.ops import use_backend
+
+OPSET = 25  # the newest that torch's exporter writes and onnxruntime reads
+KEYS = ("model", "preprocessing", "label_names")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Largest difference that --check accepts, by the dtype of the computation and relative to the largest logit where that
+# is above 1. In float32 sums are in another order; in the others, dozens of layers round to 11 and 8 bits.
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+
+
+class LowPrecision(nn.Module):
+    """A model whose weights and computation are of low precision and whose input and output are float32."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model.to(dtype), dtype
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.model(image.to(self.dtype)).float()
+
+
+class LowPrecisionWeights(LowPrecision):
+    """The same with the computation in float32, for runtimes that have no kernels for less."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        weights = {name: weight.float() for name, weight in self.model.named_parameters()}
+        return torch.func.functional_call(self.model, weights, (image,))
+
+
+class Exported(NamedTuple):
+    """A file that was loaded again."""
+
+    run: Callable[[Tensor], Tensor]
+    metadata: dict[str, str]
+
+
+def capture(model: nn.Module, image: Tensor, dynamic_size: bool) -> ExportedProgram:
+    """The model as a graph in which batch, and with dynamic_size height and width, are symbols."""
+    dynamic = {0: Dim.DYNAMIC, **({2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if dynamic_size else {})}
+    # Otherwise a graph is not for sizes, here numbers of tiles, that are 1. The ONNX exporter sets it for itself.
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):
+        return torch.export.export(model, (image,), dynamic_shapes=(dynamic,), strict=False)
+
+
+def write_onnx(model: nn.Module, image: Tensor, dynamic_size: bool, metadata: dict[str, str], path: Path) -> None:
+    try:
+        import onnxruntime  # noqa: F401  better missed now than by --check
+        from onnx_ir.passes.common import ClearMetadataAndDocStringPass, CommonSubexpressionEliminationPass
+    except ImportError as e:
+        raise UserError(f"The format onnx needs the extra packages: pip install '.[export]' ({e}).") from None
+    program = torch.onnx.export(
+        capture(model, image, dynamic_size),
+        input_names=["image"],
+        output_names=["logits"],
+        dynamo=True,
+        opset_version=OPSET,
+        optimize=False,
+        verbose=False,
+    )
+    # The index arithmetic of a level is the same in all its blocks. Shared before it is optimised, not after, it costs
+    # a fraction of the time.
+    CommonSubexpressionEliminationPass()(program.model)
+    ClearMetadataAndDocStringPass()(program.model)  # this machine's paths
+    program.optimize()
+    if (domains := dict(program.model.opset_imports)) != {"": OPSET}:
+        raise UserError(f"The installed onnxscript could not write plain operators of opset {OPSET}, only {domains}.")
+    program.model.metadata_props.update(metadata)
+    program.save(path)
+
+
+def load_onnx(path: Path) -> Exported:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(image: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(["logits"], {"image": image.numpy()})[0])
+
+    return Exported(run, session.get_modelmeta().custom_metadata_map)
+
+
+def write_pt2(model: nn.Module, image: Tensor, dynamic_size: bool, metadata: dict[str, str], path: Path) -> None:
+    torch.export.save(capture(model, image, dynamic_size), path, extra_files=metadata)
+
+
+def load_pt2(path: Path) -> Exported:
+    metadata = dict.fromkeys(KEYS, "")
+    return Exported(torch.export.load(path, extra_files=metadata).module(), metadata)
+
+
+def write_aoti(model: nn.Module, image: Tensor, dynamic_size: bool, metadata: dict[str, str], path: Path) -> None:
+    torch._inductor.aoti_compile_and_package(
+        capture(model, image, dynamic_size),
+        package_path=str(path),
+        inductor_configs={"aot_inductor.metadata": metadata},
+    )
+
+
+def load_aoti(path: Path) -> Exported:
+    package = torch._inductor.aoti_load_package(str(path))
+    return Exported(package, package.get_metadata())
+
+
+def write_torchscript(model: nn.Module, image: Tensor, _: bool, metadata: dict[str, str], path: Path) -> None:
+    # Else a trace, which others may only look at, has the operator in it.
+    with (
+        use_backend("traced"),
+        warnings.catch_warnings(),
+    ):  # of argument checks that are not traced, and of an old format
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.save(torch.jit.trace(model, image), path, _extra_files=metadata)
+
+
+def load_torchscript(path: Path) -> Exported:
+    metadata = dict.fromkeys(KEYS, "")
+    module = torch.jit.load(path, _extra_files=metadata)
+    return Exported(module, {key: value.decode() for key, value in metadata.items()})
+
+
+# Suffix, writer, loader
+FORMATS = {
+    "onnx": (".onnx", write_onnx, load_onnx),
+    "pt2": (".pt2", write_pt2, load_pt2),
+    "aoti": (".pt2", write_aoti, load_aoti),
+    "torchscript": (".pt", write_torchscript, load_torchscript),
+}
+
+
+def label_names(model: nn.Module) -> list[str]:
+    """The checkpoint's class names, else ImageNet's where the number of classes says so, else none."""
+    names = model.pretrained_cfg.get("label_names")
+    if names is None and (subset := infer_imagenet_subset(model)) is not None:
+        names = ImageNetInfo(subset).label_descriptions()
+    return list(names) if names is not None and len(names) == model.num_classes else []
+
+
+def largest_difference(run: Callable[[Tensor], Tensor], model: nn.Module, size: Sequence[int]) -> float:
+    """Of the logits of random images, batches of 1 and 3; relative to the largest logit where that is above 1."""
+    found = []
+    for batch in (1, 3):
+        image = torch.randn(batch, *size)
+        expected = model(image)
+        found.append((run(image) - expected).abs().max() / expected.abs().max().clamp(min=1))
+    return max(found).item()
+
+
+@torch.no_grad()
+def export(args: argparse.Namespace) -> Path:
+    """Writes the file, checks it if asked to, and returns its path."""
+    suffix, write, load = FORMATS[args.format]
+    output = Path(args.output or f"{args.model.rpartition('/')[2]}{suffix}")
+    if not output.parent.is_dir():
+        raise UserError(f"There is no folder {output.parent} for the output.")
+    if output.suffix != suffix:
+        raise UserError(f"The name of a file in the format {args.format} must end in {suffix}, got {output.name}.")
+    if args.format == "aoti" and args.dynamic_size:
+        raise UserError("--dynamic-size is not for the format aoti: what AOTInductor makes of it aborts when it runs.")
+    if (args.pretrained, args.checkpoint) == (False, None):
+        console.print("the weights are random: neither --pretrained nor --checkpoint")
+    names = ("model", "pretrained", "checkpoint", "img_size")
+    model_kwargs = parse_model_kwargs(args.model_kwargs)
+    config = Config(data="none", **{name: getattr(args, name) for name in names}, model_kwargs=model_kwargs)
+    model = make_model(config, args.num_classes).eval()
+    data_config = resolve_input_data_config(model, dict(img_size=args.img_size))
+    values = (args.model, json.dumps(data_config), json.dumps(label_names(model)))
+    metadata = dict(zip(KEYS, values, strict=True))
+    computed = dtype = DTYPES[args.dtype]
+    if dtype != torch.float32 and args.format == "onnx":
+        model, computed = LowPrecisionWeights(model, dtype), torch.float32
+    elif dtype != torch.float32:
+        model = LowPrecision(model, dtype)
+
+    started = time.perf_counter()
+    temporary = output.with_name(f"{output.stem}.tmp{suffix}")
+    write(model, torch.randn(2, *data_config["input_size"]), args.dynamic_size, metadata, temporary)
+    os.replace(temporary, output)
+    megabytes, seconds = output.stat().st_size / 1e6, time.perf_counter() - started
+    console.print(f"{output}: {megabytes:.1f} MB in {seconds:.0f} s")
+    if args.check:
+        exported = load(output)
+        if lost := [key for key in KEYS if exported.metadata.get(key) != metadata[key]]:
+            raise UserError(f"The file lost its metadata: {', '.join(lost)}.")
+        channels, *size = data_config["input_size"]
+        # Wide, with maps smaller than the window, and odd at every level.
+        sizes = [size, *([(160, 288), (96, 96), (75, 107)] if args.dynamic_size else [])]
+        worst = max(largest_difference(exported.run, model, (channels, *size)) for size in sizes)
+        console.print(f"largest difference at {', '.join(f'{h}x{w}' for h, w in sizes)}: {worst:.1e}")
+        if not worst <= TOLERANCES[computed]:
+            raise UserError(f"The largest difference must be at most {TOLERANCES[computed]:.0e}, got {worst:.1e}.")
+    return output
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--model", default="nat_mini", help="timm name, or local-dir:FOLDER")
+    add("--pretrained", action=argparse.BooleanOptionalAction, default=True, help="load the published weights")
+    add("--checkpoint", help="load this weights file instead")
+    add("--num-classes", type=int, help="the model's by default")
+    add("--model-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help="more arguments of the model")
+    add("--format", choices=FORMATS, default="onnx")
+    add("--output", help="file to write; by default the model's name and the format's suffix")
+    add("--img-size", type=int, help="height and width; the model's by default")
+    add("--dynamic-size", action="store_true", help="take any height and width")
+    add("--dtype", choices=DTYPES, default="float32", help="of the weights; ONNX computes in float32")
+    add("--check", action="store_true", help="run the file beside the model and print the largest difference")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        export(parse_args(argv))
+    except (UserError, CheckpointError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,234 @@
+"""The choice of a backend: automatic, by name, explained, refused with the reason; that of a GPU is tested by fakes."""
+
+import importlib.metadata
+import importlib.util
+import sys
+import types
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import nat_models.ops
+from nat_models.ops import BACKENDS, explain, flex, na2d, natten, use_backend
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A machine with every accelerator, and with all that natten and flex need there."""
+    why_no_triton, why_no_natten = flex._why_no_triton, natten._why_no_natten
+    monkeypatch.setattr(
+        flex, "_why_no_triton", lambda device: None if device.type in ("cuda", "xpu") else why_no_triton(device)
+    )
+    monkeypatch.setattr(
+        natten,
+        "_why_no_natten",
+        lambda device, compiling: None if device == "cuda" else why_no_natten(device, compiling),
+    )
+
+
+# What explain is asked, what runs
+CHOICES = [
+    (dict(device="cuda"), "flex"),
+    (dict(device="cuda", compiling=True, requires_grad=True), "flex"),
+    (dict(device="cuda:1", dtype=torch.bfloat16), "flex"),
+    (dict(device="cuda", dtype=torch.float64), "blocked"),
+    (dict(device="cuda", rpb=False), "natten"),
+    (dict(device="cuda", rpb=False, dtype=torch.float16, requires_grad=True, compiling=True), "natten"),
+    (dict(device="cuda", rpb=False, dtype=torch.float64), "blocked"),
+    (dict(device="cuda", rpb=False, head_dim=20), "flex"),
+    (dict(device="cuda", rpb=False, scale=0.0), "flex"),
+    (dict(device="xpu"), "flex"),
+    (dict(device="xpu", rpb=False), "flex"),
+    (dict(device="mps"), "blocked"),
+    (dict(device="mps", rpb=False, compiling=True), "blocked"),
+]
+
+
+@pytest.mark.parametrize(("kind", "chosen"), CHOICES)
+def test_an_accelerator_runs_natten_without_rpb_flex_with_it_and_blocked_otherwise(kind, chosen, gpus):
+    report = explain(**kind)
+    assert f"na2d runs on {chosen}, chosen automatically" in report
+    assert f"* {chosen}" in report
+
+
+def test_a_cpu_never_chooses_what_a_gpu_does():
+    for rpb in (True, False):
+        assert "the first that can of native, blocked." in explain("cpu", rpb=rpb)
+
+
+def test_deterministic_algorithms_leave_flex_out_of_training_with_rpb(gpus):
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert "na2d runs on blocked" in explain("cuda", requires_grad=True)
+        assert "sums the gradient of rpb in any order" in explain("cuda", requires_grad=True)
+        assert "na2d runs on flex" in explain("cuda")
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Makes tensors without data on any device, which na2d takes for real ones."""
+    # As what they are they would go to the operator, which knows their shapes; nothing runs.
+    monkeypatch.setattr(nat_models.ops, "FakeTensor", type(None))
+
+    def make(device, dtype=torch.float32, rpb=True, requires_grad=False, head_dim=32, scale=None):
+        with FakeTensorMode():
+            query = torch.empty(1, 9, 12, 2, head_dim, device=device, dtype=dtype, requires_grad=requires_grad)
+            table = torch.empty(2, 5, 5, device=device, dtype=dtype) if rpb else None
+        return (query, query, query), dict(kernel_size=3, rpb=table, scale=scale)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("kind", "chosen"), [case for case in CHOICES if not case[0].keys() & {"compiling", "requires_grad"}]
+)
+def test_tensors_run_on_what_is_explained(kind, chosen, gpus, fake, monkeypatch):
+    ran = []
+    for module in (natten, flex):
+        name = module.__name__.split(".")[-1]
+        monkeypatch.setattr(module, "na2d", lambda query, *args, name=name: ran.append(name) or query)
+    tensors, window = fake(**kind)
+    assert na2d(*tensors, **window).shape == tensors[0].shape
+    assert ran == ([] if chosen == "blocked" else [chosen])
+
+
+# The backend asked for, the call, the reason why it cannot run
+REFUSALS = [
+    ("native", dict(device="cuda"), "it runs on the CPU, not on cuda"),
+    ("natten", dict(device="cuda"), "NATTEN has no relative position bias"),
+    ("natten", dict(device="mps", rpb=False), "NATTEN runs on CUDA and the CPU, not on mps"),
+    (
+        "natten",
+        dict(device="cuda", rpb=False, dtype=torch.float64),
+        "float32, bfloat16 and float16, not in torch.float64",
+    ),
+    ("natten", dict(device="cuda", rpb=False, head_dim=20), "head_dim divisible by 8, not 20"),
+    ("natten", dict(device="cuda", rpb=False, scale=0.0), "takes a scale of 0.0 for none given"),
+    ("natten", dict(device="cpu", rpb=False, requires_grad=True), "NATTEN has no backward on the CPU"),
+    ("natten", dict(device="cpu", rpb=False, head_dim=40), "a power of two from 32 to 512, not 40"),
+    ("flex", dict(device="cpu", requires_grad=True), "flex_attention has no backward on the CPU"),
+    ("flex", dict(device="cuda", dtype=torch.float64), "do not compute in torch.float64"),
+    ("flex", dict(device="mps"), "Triton's, which does not run on mps"),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "reason"), REFUSALS)
+def test_a_backend_asked_for_that_cannot_run_says_why(name, kind, reason, gpus, fake, monkeypatch):
+    monkeypatch.setattr(natten, "_why_no_natten", lambda device, compiling: None)
+    tensors, window = fake(**kind)
+    with use_backend(name):
+        with pytest.raises(RuntimeError, match=f"The backend '{name}' was asked for and cannot run: .*{reason}"):
+            na2d(*tensors, **window)
+        assert f"na2d raises an error on {name}, asked for" in explain(**kind)
+        assert reason in explain(**kind)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_no_backend_takes_a_window_larger_than_the_map(name):
+    query = torch.zeros(1, 9, 12, 2, 32)
+    with use_backend(name), pytest.raises(ValueError, match=r"fit in the map.*9 x 12.*\(13, 13\)"):
+        na2d(query, query, query, kernel_size=13)
+
+
+def test_a_refusal_reads_the_same_under_torch_compile(monkeypatch):
+    query = torch.zeros(1, 9, 12, 2, 32, requires_grad=True)
+    torch._dynamo.reset()
+    with use_backend("flex"), pytest.raises(Exception, match="flex_attention has no backward on the CPU"):
+        torch.compile(na2d, fullgraph=True, backend="eager")(query, query, query, kernel_size=3)
+
+
+@pytest.mark.parametrize("name", ["natten", "flex", "reference"])
+def test_the_operator_itself_refuses_what_it_has_no_kernel_for(name):
+    query = torch.zeros(1, 9, 12, 2, 32)
+    with use_backend(name), pytest.raises(RuntimeError, match=f"'{name}'.*native and blocked kernels"):
+        torch.ops.nat_models.na2d(query, query, query, None, (3, 3), (1, 1), 1.0)
+
+
+def test_a_gradient_outlives_the_request_for_a_backend():
+    query = torch.randn(1, 9, 12, 2, 32, requires_grad=True)
+    output = na2d(query, query, query, kernel_size=3)
+    with use_backend("flex"):
+        output.sum().backward()
+    assert query.grad.shape == query.shape
+
+
+@pytest.fixture
+def natten_package(monkeypatch):
+    """Sets what is found of the package natten."""
+
+    def find(version=None, importable=True, libnatten=True):
+        natten._why_no_natten.cache_clear()
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: version and object())
+        monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(flex, "_why_no_triton", lambda device: None)
+        package = types.SimpleNamespace(HAS_LIBNATTEN=libnatten) if importable else None
+        monkeypatch.setitem(sys.modules, "natten", package)
+
+    yield find
+    natten._why_no_natten.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("package", "device", "reason"),
+    [
+        (dict(), "cpu", "the package natten is not installed"),
+        (dict(), "cuda", "the package natten is not installed"),
+        (dict(version="0.17.5+torch260cu126"), "cuda", "natten 0.17.5.* is installed, .* from 0.20 on"),
+        (dict(version="0.21.7", importable=False), "cuda", "natten 0.21.7 cannot be imported: "),
+        (dict(version="0.21.7", libnatten=False), "cuda", "natten 0.21.7 was built without its CUDA kernels"),
+    ],
+)
+def test_natten_is_refused_where_the_package_is_missing_old_or_without_kernels(
+    package, device, reason, natten_package, fake
+):
+    natten_package(**package)
+    tensors, window = fake(device, rpb=False)
+    with use_backend("natten"), pytest.raises(RuntimeError, match=f"'natten' was asked for and cannot run: {reason}"):
+        na2d(*tensors, **window)
+
+
+@pytest.mark.parametrize(("version", "runs"), [("0.20.1", False), ("0.21.5", True), ("0.22.0", True)])
+def test_natten_is_compiled_from_the_version_that_torch_compile_can_trace(version, runs, natten_package):
+    natten_package(version=version)
+    assert ("na2d runs on natten" in explain("cuda", rpb=False, compiling=True)) is runs
+    assert "na2d runs on natten" in explain("cuda", rpb=False)
+
+
+@pytest.mark.parametrize(
+    ("capability", "reason"), [((7, 5), "from compute capability 8.0 on, this device has 7.5"), ((8, 0), None)]
+)
+def test_flex_is_for_gpus_that_pytorch_tests_it_on(capability, reason, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    why = flex._why_no_triton.__wrapped__(torch.device("cuda"))
+    assert why is None if reason is None else reason in why
+
+
+def test_flex_needs_triton(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "the package triton" in flex._why_no_triton.__wrapped__(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cuda_autocast_computes_in_its_dtype_and_leaves_rpb_and_float64_alone(dtype, gpus, fake, monkeypatch):
+    ran = []
+    monkeypatch.setattr(
+        flex, "na2d", lambda query, key, value, rpb, *args: ran.append((query, key, value, rpb)) or query
+    )
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: device_type == "cuda")
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device_type: dtype)
+    tensors, window = fake("cuda")
+    assert na2d(*tensors, **window).dtype == dtype
+    assert [x.dtype for x in ran[0]] == [dtype] * 3 + [torch.float32]
+    tensors, window = fake("cuda", dtype=torch.float64)
+    assert na2d(*tensors, **window).dtype == torch.float64
+
+
+def test_a_report_names_every_backend():
+    assert all(f" {name} " in explain() for name in BACKENDS)
