@@ -3,12 +3,13 @@
 flex_attention skips whole blocks of 128 x 128 query-key pairs, so tokens are put in an order in which a block of 128 is
 a tile of the map: the window of a tile then lies in few other tiles. Dilation groups follow one another, each padded to
 whole tiles with tokens outside every window. What depends on sizes alone is computed once per device and kept in a
-bounded cache; torch.compile takes it in as constants.
+bounded cache.
 """
 
 import functools
 import importlib.util
 import operator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -90,9 +91,8 @@ def _padded(length: int, dilation: int, tile: int) -> int:
 
 class _Plan(NamedTuple):
     tile: tuple[int, int]
-    tokens: int  # L, padding included
     positions: Tensor  # [4, L] int32: row and column of each token, first row and column of its window, in tiled order
-    # The blocks of BlockMask, [1, 1, blocks] and [1, 1, blocks, blocks] int32: of keys for each query, then transposed
+    # The blocks of BlockMask, [blocks] and [blocks, blocks] int32: of keys for each query, then transposed
     kv_num_blocks: Tensor
     kv_indices: Tensor
     q_num_blocks: Tensor
@@ -117,18 +117,32 @@ def _plan_of(
 
         positions = in_tiles(torch.arange(len(rows.start)), torch.arange(len(cols.start)))
         positions += in_tiles(rows.start, cols.start)
-        touches = torch.kron(rows.touches.int(), cols.touches.int())[None, None]
+        touches = torch.kron(rows.touches.int(), cols.touches.int())
         blocks = []
         for dense in (touches, touches.mT):
             blocks += [dense.sum(-1), dense.argsort(dim=-1, descending=True, stable=True)]
-        tensors = [x.to(device, torch.int32) for x in (torch.stack(positions), *blocks)]
-        # As parameters, because torch.compile(dynamic=True) leaves the shapes of those static.
-        return _Plan((t, u), len(positions[0]), *(torch.nn.Parameter(x, requires_grad=False) for x in tensors))
+        return _Plan((t, u), *(x.to(device, torch.int32) for x in (torch.stack(positions), *blocks)))
 
 
 @torch.compiler.assume_constant_result
-def _planned(field: str, *key) -> Tensor | tuple[int, int] | int:
-    return getattr(_plan_of(*key), field)
+def _tile(size: tuple[int, int], kernel_size: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int]:
+    return _plan_of(size, kernel_size, dilation, torch.device("cpu")).tile
+
+
+# A node of its own in a compiled graph: traced, what it does would run at each call, and torch.compile takes no more
+# than one tensor of a function as a constant.
+@torch.library.custom_op("nat_models::flex_plan", mutates_args=())
+def _plan_tensors(
+    size: Sequence[int], kernel_size: Sequence[int], dilation: Sequence[int], device: torch.device
+) -> list[Tensor]:
+    # Copies: to compiled code the result of an operator is memory to use again.
+    return [x.clone() for x in _plan_of(tuple(size), tuple(kernel_size), tuple(dilation), device)[1:]]
+
+
+@_plan_tensors.register_fake
+def _(size, kernel_size, dilation, device):
+    plan = _plan_of(tuple(size), tuple(kernel_size), tuple(dilation), torch.device("cpu"))
+    return [torch.empty(x.shape, dtype=x.dtype, device=device) for x in plan[1:]]
 
 
 def _to_tiles(x: Tensor, tile: tuple[int, int], dilation: tuple[int, int], head_dim_pad: int) -> Tensor:
@@ -196,9 +210,11 @@ def _attend(
     # Sizes of the map become constants of the compiled code; operator.index is how torch.compile takes that.
     size = operator.index(query.shape[1]), operator.index(query.shape[2])
     head_dim = operator.index(query.shape[4])
-    plan = size, kernel_size, dilation, query.device
-    tile, tokens = _planned("tile", *plan), _planned("tokens", *plan)
-    row, col, first_row, first_col = _planned("positions", *plan).unbind(0)
+    tile = _tile(size, kernel_size, dilation)
+    positions, *blocks = _plan_tensors(size, kernel_size, dilation, query.device)
+    kv_num_blocks, kv_indices, q_num_blocks, q_indices = (x[None, None] for x in blocks)
+    row, col, first_row, first_col = positions.unbind(0)
+    tokens = positions.shape[1]
 
     def in_window(batch, head, q, k):
         below, right = row[k] - first_row[q], col[k] - first_col[q]
@@ -212,12 +228,12 @@ def _attend(
 
     mask = BlockMask(
         seq_lengths=(tokens, tokens),
-        kv_num_blocks=_planned("kv_num_blocks", *plan),
-        kv_indices=_planned("kv_indices", *plan),
+        kv_num_blocks=kv_num_blocks,
+        kv_indices=kv_indices,
         full_kv_num_blocks=None,
         full_kv_indices=None,
-        q_num_blocks=_planned("q_num_blocks", *plan),
-        q_indices=_planned("q_indices", *plan),
+        q_num_blocks=q_num_blocks,
+        q_indices=q_indices,
         full_q_num_blocks=None,
         full_q_indices=None,
         BLOCK_SIZE=(_BLOCK, _BLOCK),
