@@ -85,13 +85,15 @@ class NeighborhoodAttention2d(nn.Module):
     @torch.jit.ignore  # the choice of a backend is Python: a scripted model runs and trains but cannot be saved
     def _attend(self, qkv: Tensor) -> Tensor:
         """[B, H, W, 3 * C] -> [B, H, W, C]."""
-        size = qkv.shape[1:3]
-        padded_size = [_at_least(k * d, n) for k, d, n in zip(self.kernel_size, self.dilation, size, strict=True)]
+        batch, height, width, _ = qkv.shape
+        rows, cols = (k * d for k, d in zip(self.kernel_size, self.dilation, strict=True))
         # Whether a symbol is large enough must not be asked: the answer would hold for the exported graph.
-        fits = all(isinstance(n, int) and n == m for n, m in zip(padded_size, size, strict=True))
-        if not fits:
-            qkv = _pad(qkv, self.qkv.bias, *padded_size)
-        qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
+        fits = isinstance(height, int) and isinstance(width, int) and height >= rows and width >= cols
+        if fits:
+            qkv = qkv.view(batch, height, width, 3, self.num_heads, self.head_dim)
+        else:
+            qkv = _pad(qkv, self.qkv.bias, _at_least(rows, height), _at_least(cols, width))
+            qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
         if self.training and self.attn_drop > 0.0:
             window = (self.rpb, self.kernel_size, self.dilation, self.scale)
             plain = traced if torch.compiler.is_compiling() else blocked
@@ -99,7 +101,7 @@ class NeighborhoodAttention2d(nn.Module):
         else:
             x = na2d_packed(qkv, kernel_size=self.kernel_size, dilation=self.dilation, rpb=self.rpb, scale=self.scale)
         if not fits:
-            x = x[:, : size[0], : size[1]].clone(memory_format=torch.contiguous_format)
+            x = x[:, :height, :width].clone(memory_format=torch.contiguous_format)
         return x.flatten(3)
 
     def extra_repr(self) -> str:

@@ -168,4 +168,4 @@ def test_eager_fakes_and_lookers_on_see_the_operator(monkeypatch):
         query = torch.empty(2, 9, 12, 2, 32, device="cuda")
         rpb = torch.empty(2, 5, 5, device="cuda")
     assert na2d(query, query, query, kernel_size=3, rpb=rpb).device.type == "cuda"
-    assert nat_models.ops._outside(query, query, query, rpb, 1.0) is None
+    assert nat_models.ops._outside((query, rpb), True, 1.0) is None

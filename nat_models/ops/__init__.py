@@ -139,10 +139,11 @@ def explain(
     return "\n".join(lines)
 
 
-def _outside(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, scale: float):
+def _outside(inputs: Sequence[Tensor], rpb: bool, scale: float):
     """The module of the backend that a call runs on; None for the operator, whose kernels are native and blocked."""
     if _requested is None and torch.compiler.is_exporting():
         return traced  # an exported graph must run without this package
+    query = inputs[0]  # or a packed qkv
     if query.device.type in ("cpu", "meta") and _requested in (None, "native", "blocked"):
         return None
     compiling = torch.compiler.is_compiling()
@@ -152,9 +153,8 @@ def _outside(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, scal
     # What looks on sees one node; explain tells.
     if _requested is None and not compiling and (torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack()):
         return None
-    inputs = (query, key, value) if rpb is None else (query, key, value, rpb)
     requires_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    call = Call(query.device, query.dtype, query.shape[-1], scale, rpb is not None, requires_grad, compiling)
+    call = Call(query.device, query.dtype, query.shape[-1], scale, rpb, requires_grad, compiling)
     return _OUTSIDE.get(_backend(call))
 
 
@@ -193,11 +193,20 @@ def na2d(
     Source: Hassani et al., CVPR 2023, arXiv:2204.07143, section 3; dilation arXiv:2209.15001.
     """
     query, key, value = map(_autocast, (query, key, value))
-    window = _window(query, key, value, rpb, kernel_size, dilation, scale)
-    if backend := _outside(query, key, value, rpb, window[-1]):
+    if query.ndim != 5:
+        raise ValueError(f"query must be [B, H, W, num_heads, head_dim], got shape {tuple(query.shape)}.")
+    for name, x in (("key", key), ("value", value)):
+        if (x.shape, x.dtype, x.device) != (query.shape, query.dtype, query.device):
+            raise ValueError(
+                f"{name} must match query in shape, dtype and device, got {name} {tuple(x.shape)} {x.dtype} "
+                f"on {x.device} and query {tuple(query.shape)} {query.dtype} on {query.device}."
+            )
+    window = _window("query", query, rpb, kernel_size, dilation, scale)
+    inputs = (query, key, value) if rpb is None else (query, key, value, rpb)
+    if backend := _outside(inputs, rpb is not None, window[-1]):
         with _autocast_off(query):
             return backend.na2d(query, key, value, rpb, *window)
-    return torch.ops.nat_models.na2d(query, key, value, rpb, *window)
+    return torch.ops.nat_models.na2d.default(query, key, value, rpb, *window)
 
 
 def na2d_packed(
@@ -215,12 +224,11 @@ def na2d_packed(
     qkv = _autocast(qkv)
     if qkv.ndim != 6 or qkv.shape[3] != 3:
         raise ValueError(f"qkv must be [B, H, W, 3, num_heads, head_dim], got shape {tuple(qkv.shape)}.")
-    query, key, value = qkv.unbind(3)
-    window = _window(query, key, value, rpb, kernel_size, dilation, scale)
-    if backend := _outside(query, key, value, rpb, window[-1]):
+    window = _window("qkv", qkv, rpb, kernel_size, dilation, scale)
+    if backend := _outside((qkv,) if rpb is None else (qkv, rpb), rpb is not None, window[-1]):
         with _autocast_off(qkv):
-            return backend.na2d(query, key, value, rpb, *window)
-    return torch.ops.nat_models.na2d_packed(qkv, rpb, *window)
+            return backend.na2d(*qkv.unbind(3), rpb, *window)
+    return torch.ops.nat_models.na2d_packed.default(qkv, rpb, *window)
 
 
 def _autocast_enabled(x: Tensor) -> bool:
@@ -239,40 +247,31 @@ def _autocast_off(x: Tensor) -> AbstractContextManager:
 
 
 def _window(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    name: str,
+    x: Tensor,
     rpb: Tensor | None,
     kernel_size: int | Sequence[int],
     dilation: int | Sequence[int],
     scale: float | None,
 ) -> tuple[tuple[int, int], tuple[int, int], float]:
-    """Checks all arguments; returns kernel_size and dilation as pairs, and the scale."""
+    """Checks what query and a packed qkv have in common; returns kernel_size and dilation as pairs, and the scale."""
     kernel_size, dilation = window_pair(kernel_size, dilation)
-    if query.ndim != 5:
-        raise ValueError(f"query must be [B, H, W, num_heads, head_dim], got shape {tuple(query.shape)}.")
-    if not query.is_floating_point():
-        raise ValueError(f"query must be of a floating-point dtype, got {query.dtype}.")
-    for name, x in (("key", key), ("value", value)):
-        if (x.shape, x.dtype, x.device) != (query.shape, query.dtype, query.device):
-            raise ValueError(
-                f"{name} must match query in shape, dtype and device, got {name} {tuple(x.shape)} {x.dtype} "
-                f"on {x.device} and query {tuple(query.shape)} {query.dtype} on {query.device}."
-            )
-    _, height, width, num_heads, _ = query.shape
-    if height < kernel_size[0] * dilation[0] or width < kernel_size[1] * dilation[1]:
+    dtype, shape = x.dtype, x.shape
+    if not dtype.is_floating_point:
+        raise ValueError(f"{name} must be of a floating-point dtype, got {dtype}.")
+    if shape[1] < kernel_size[0] * dilation[0] or shape[2] < kernel_size[1] * dilation[1]:
         raise ValueError(
-            f"kernel_size * dilation must fit in the map, got a map of {height} x {width} with "
+            f"kernel_size * dilation must fit in the map, got a map of {shape[1]} x {shape[2]} with "
             f"{kernel_size=}, {dilation=}. NeighborhoodAttention2d pads smaller maps, na2d does not."
         )
     if rpb is not None:
-        expected = (num_heads, 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1)
-        if tuple(rpb.shape) != expected or rpb.device != query.device or rpb.dtype not in (query.dtype, torch.float32):
+        expected = (shape[-2], 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1)
+        if rpb.shape != expected or rpb.device != x.device or rpb.dtype not in (dtype, torch.float32):
             raise ValueError(
-                f"rpb must be [num_heads, 2*K_h-1, 2*K_w-1] = {expected}, {query.dtype} or torch.float32, on "
-                f"{query.device}, got {tuple(rpb.shape)} {rpb.dtype} on {rpb.device}."
+                f"rpb must be [num_heads, 2*K_h-1, 2*K_w-1] = {expected}, {dtype} or torch.float32, on "
+                f"{x.device}, got {tuple(rpb.shape)} {rpb.dtype} on {rpb.device}."
             )
-    return kernel_size, dilation, query.shape[-1] ** -0.5 if scale is None else scale
+    return kernel_size, dilation, shape[-1] ** -0.5 if scale is None else scale
 
 
 _WINDOW = "int[2] kernel_size, int[2] dilation, float scale"

@@ -82,10 +82,6 @@ def available() -> tuple[bool, str]:
     return True, f"{library.nat_isa().decode()}, {'torch threads' if _torch_parallel_for() else 'one thread'}"
 
 
-def _tensor(x: Tensor | None) -> tuple[int, ...]:
-    return _NO_TENSOR if x is None else (x.data_ptr(), *x.stride()[:4])
-
-
 def _dense_last(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -113,8 +109,11 @@ def _call(
     grad_rpb: Tensor | None = None,
 ) -> bytes:
     """A nat_na2d_call: forward with `out`, backward with `grad_output` and `grads`."""
+    tensors = []
+    for x in (query, key, value, out, grad_output, *grads):
+        tensors += _NO_TENSOR if x is None else (x.data_ptr(), *x.stride()[:4])
     return _CALL.pack(
-        *(number for x in (query, key, value, out, grad_output, *grads) for number in _tensor(x)),
+        *tensors,
         *(0 if x is None else x.data_ptr() for x in (rpb, grad_rpb)),
         *query.shape,
         *kernel_size,
