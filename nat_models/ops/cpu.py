@@ -23,7 +23,7 @@ _NO_TENSOR = (0, 0, 0, 0, 0)
 _SIGNATURES = {
     "nat_na2d_forward": (ctypes.c_int32, [ctypes.c_char_p]),
     "nat_na2d_backward": (ctypes.c_int32, [ctypes.c_char_p]),
-    "nat_set_parallel_for": (None, [ctypes.c_void_p]),
+    "nat_set_threads": (None, [ctypes.c_void_p, ctypes.c_void_p]),
     "nat_select_isa": (ctypes.c_int32, [ctypes.c_char_p]),
     "nat_isa": (ctypes.c_char_p, []),
     "nat_call_size": (ctypes.c_int64, []),
@@ -58,18 +58,22 @@ def _load() -> ctypes.CDLL:
     if status:
         why = "unknown to this build" if status == 1 else "beyond this CPU"
         raise RuntimeError(f"{_ISA_VARIABLE}={isa!r} is {why}, known are baseline, avx2 and avx512")
-    library.nat_set_parallel_for(_torch_parallel_for())
+    library.nat_set_threads(*_torch_threads())
     return library
 
 
-def _torch_parallel_for() -> int | None:
-    """Address of torch's own parallel_for, so that torch.set_num_threads holds; None (serial) on a torch without it."""
-    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
-        path = Path(torch.__file__).parent / "lib" / name
+def _torch_threads() -> tuple[int | None, ...]:
+    """Addresses of torch's own parallel_for and of the number of its threads, so that torch.set_num_threads holds.
+
+    None, for one thread, on a torch without them.
+    """
+    names = ("torch_parallel_for", "torch_get_num_threads")
+    for library in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        path = Path(torch.__file__).parent / "lib" / library
         if path.exists():
-            function = getattr(ctypes.CDLL(str(path)), "torch_parallel_for", None)
-            return function and ctypes.cast(function, ctypes.c_void_p).value
-    return None
+            functions = [getattr(ctypes.CDLL(str(path)), name, None) for name in names]
+            return tuple(function and ctypes.cast(function, ctypes.c_void_p).value for function in functions)
+    return None, None
 
 
 @functools.cache
@@ -79,7 +83,7 @@ def available() -> tuple[bool, str]:
         library = _load()
     except (OSError, RuntimeError, AttributeError) as error:
         return False, str(error)
-    return True, f"{library.nat_isa().decode()}, {'torch threads' if _torch_parallel_for() else 'one thread'}"
+    return True, f"{library.nat_isa().decode()}, {'torch threads' if _torch_threads()[0] else 'one thread'}"
 
 
 def _dense_last(x: Tensor) -> Tensor:

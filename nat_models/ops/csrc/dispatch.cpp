@@ -27,10 +27,17 @@ const Isa kIsas[] = {  // best first
 
 const Isa* chosen = nullptr;
 nat_parallel_for run_parallel = nullptr;
+nat_num_threads count_threads = nullptr;
 
 const Isa& isa() {
     if (!chosen) nat_select_isa(nullptr);
     return *chosen;
+}
+
+int32_t run(const nat_na2d_call* call, bool backward) {
+    uint32_t threads = 1;
+    if (run_parallel && count_threads && count_threads(&threads) != 0) threads = 1;
+    return isa().entry(call, backward, run_parallel, threads);
 }
 
 }  // namespace
@@ -52,7 +59,10 @@ NAT_EXPORT int32_t nat_select_isa(const char* name) {
     return 1;
 }
 NAT_EXPORT const char* nat_isa(void) { return isa().name; }
-NAT_EXPORT void nat_set_parallel_for(nat_parallel_for run) { run_parallel = run; }
+NAT_EXPORT void nat_set_threads(nat_parallel_for run, nat_num_threads count) {
+    run_parallel = run;
+    count_threads = count;
+}
 NAT_EXPORT int64_t nat_call_size(void) { return sizeof(nat_na2d_call); }
-NAT_EXPORT int32_t nat_na2d_forward(const nat_na2d_call* call) { return isa().entry(call, 0, run_parallel); }
-NAT_EXPORT int32_t nat_na2d_backward(const nat_na2d_call* call) { return isa().entry(call, 1, run_parallel); }
+NAT_EXPORT int32_t nat_na2d_forward(const nat_na2d_call* call) { return run(call, false); }
+NAT_EXPORT int32_t nat_na2d_backward(const nat_na2d_call* call) { return run(call, true); }

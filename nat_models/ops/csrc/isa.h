@@ -2,7 +2,7 @@
 #pragma once
 #include "na2d.h"
 
-typedef int32_t nat_entry(const nat_na2d_call* call, int32_t backward, nat_parallel_for run);
+typedef int32_t nat_entry(const nat_na2d_call* call, int32_t backward, nat_parallel_for run, int64_t threads);
 
 nat_entry nat_na2d_baseline;
 #ifdef NAT_X86

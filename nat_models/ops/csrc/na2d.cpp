@@ -48,8 +48,9 @@ struct Plan {
     bool backward, flat;
     index_t groups, map_rows, map_cols, rows, cols, kernel_rows, kernel_cols, strips, strip_rows, tasks;
     index_t dim, padded, wide, ring, line, bias_size, halo_size;
+    bool cold;  // tensors exceed the caches near a core: worth asking for ahead of their use
 
-    Plan(const nat_na2d_call& call, bool backward) : call(call), backward(backward) {
+    Plan(const nat_na2d_call& call, bool backward, index_t threads) : call(call), backward(backward) {
         groups = call.dilation[0] * call.dilation[1];
         rows = map_rows = ceil_div(call.height, call.dilation[0]);
         cols = map_cols = ceil_div(call.width, call.dilation[1]);
@@ -64,10 +65,10 @@ struct Plan {
         // An odd number of vectors: a power of two would map a column of the logits onto a few sets of the cache.
         wide = (ceil_div(cols, L) | 1) * L;
         line = wide * padded;
-        // Strips of 2K-2 rows or more, so that a key row meets at most two of them (see Halo).
         const index_t units = call.heads * call.batch * groups;
-        strips = most(1, least(ceil_div(16, most(units, 1)), rows / (2 * kernel_rows - 2 + flat)));
+        strips = count_strips(units, threads);
         strip_rows = ceil_div(rows, strips);
+        cold = rows * cols * units * dim * (backward ? 7 : 4) > (index_t(4) << 20) / (index_t)sizeof(C);
         tasks = units * strips;
         // Query rows alive at once. Forward: those that see one key row; only maps lower than 2K have key rows seen from
         // both borders. Backward: a key row waits for the last query row that sees it, while more query rows start.
@@ -75,6 +76,19 @@ struct Plan {
         ring = least(strip_rows, backward ? 3 * kernel_rows - 2 : seen);
         bias_size = (2 * kernel_rows - 1) * kernel_cols * wide + L;  // + L: Bias writes whole vectors
         halo_size = kernel_rows * cols * padded;
+    }
+    // Strips of 2K-2 rows or more, so that a key row meets at most two of them (see Halo).
+    index_t count_strips(index_t units, index_t threads) const {
+        const index_t limit = most(1, rows / (2 * kernel_rows - 2 + flat));
+        // The order of the backward's sums depends on them: not on the number of threads then.
+        if (backward) return least(ceil_div(16, most(units, 1)), limit);
+        // The last thread should finish soon; a key row that two strips read costs about a fifth of a query row.
+        index_t best = 1, best_cost = PTRDIFF_MAX;
+        for (index_t n = 1; n <= least(limit, threads); ++n) {
+            const index_t cost = ceil_div(units * n, threads) * (5 * ceil_div(rows, n) + (n > 1) * (kernel_rows - 1));
+            if (cost < best_cost) best = n, best_cost = cost;
+        }
+        return best;
     }
     index_t rpb_rows() const { return 2 * call.kernel[0] - 1; }
     index_t rpb_cols() const { return 2 * call.kernel[1] - 1; }
@@ -177,6 +191,14 @@ struct Bias {
     C* table;
     C* mirror;  // flat maps: rpb rows reversed, where the queries of a row read one run of neighbours
 
+    // A map as large as its window needs less than a table of all pairs. For one key column, the values that the queries
+    // of all rows take lie in one run, which a key row further down starts a row earlier: a band a key column.
+    bool exact() const { return plan.flat && at.map_rows == plan.call.kernel[0] && at.map_cols == plan.call.kernel[1]; }
+    index_t band_size() const { return plan.rpb_rows() * at.map_cols + L; }
+    C* band(index_t key_row, index_t key_col) const {
+        return table + key_col * band_size() + (at.map_rows - 1 - key_row) * at.map_cols;
+    }
+
     index_t mirror_cols() const { return 2 * plan.map_cols + L; }
     C* row(index_t offset, index_t key) const { return table + (offset * at.across.kernel + key) * plan.wide; }
     index_t column(index_t query, index_t key) const { return at.across.start(query) - query + key + at.across.kernel - 1; }
@@ -202,6 +224,16 @@ struct Bias {
                     for (index_t j = 0; j < axis.left; ++j) to[j] = rpb[column(j, k)];
                     for (index_t j = axis.length - axis.right; j < axis.length; ++j) to[j] = rpb[column(j, k)];
                 }
+            return;
+        }
+        if (exact()) {
+            for (index_t i = 0; i < plan.rpb_rows(); ++i) {  // from the last row of rpb up
+                const C* const from = rpb + (plan.rpb_rows() - 1 - i) * plan.rpb_cols();
+                for (index_t c = 0; c < plan.rpb_cols(); ++c) mirror[c] = from[plan.rpb_cols() - 1 - c];
+                for (index_t c = 0; c < at.map_cols; ++c)
+                    for (index_t j = 0; j < at.map_cols; j += L)  // what runs over is overwritten by the next row
+                        store(table + c * band_size() + i * at.map_cols + j, load(mirror + at.map_cols - 1 - c + j));
+            }
             return;
         }
         const Axis down(at.map_rows, plan.call.kernel[0]), across(at.map_cols, plan.call.kernel[1]);
@@ -244,9 +276,19 @@ struct Bias {
             }
             return;
         }
+        if (exact()) {
+            memset(rpb, 0, plan.rpb_size() * sizeof(C));
+            for (index_t c = 0; c < at.map_cols; ++c)
+                for (index_t i = 0; i < plan.rpb_rows(); ++i) {
+                    const C* const from = table + c * band_size() + i * at.map_cols;
+                    C* const to = rpb + (plan.rpb_rows() - 1 - i) * plan.rpb_cols() + c + at.map_cols - 1;
+                    for (index_t j = 0; j < at.map_cols; ++j) to[-j] += from[j];
+                }
+            memset(table, 0, at.map_cols * band_size() * sizeof(C));
+            return;
+        }
         memset(mirror, 0, mirror_rows() * mirror_cols() * sizeof(C));
-        bits<C> lane;
-        for (index_t l = 0; l < L; ++l) lane[l] = l;
+        const bits<C> lane = lane_numbers<C>();
         for (index_t r = 0; r < at.map_rows; ++r)
             for (index_t c = 0; c < at.map_cols; ++c) {
                 C* from = row(0, r * at.map_cols + c);
@@ -375,15 +417,25 @@ struct Worker {
             if (with_bias) tile.bias[slot] = bias + (key_row - row + at.down.kernel - 1) * across.kernel * plan.wide + block * L;
         };
         if (plan.flat) {
-            tile.key = keys;
+            const Bias<C> table{at, plan, bias, mirror};
+            const bool exact = table.exact();
+            const index_t lines = exact ? at.map_rows : 1, count = across.kernel / lines;
             tile.key_step = plan.padded;
             tile.key_depth_step = 1;
+            if (exact) tile.bias_step = table.band_size();
             const Cut cut(blocks, kDotRows);
             for (index_t part = 0; part < cut.parts; ++part) {
                 const index_t from = cut.begin(part), n = cut.begin(part + 1) - from;
                 for (index_t i = 0; i < n; ++i) aim(i, 0, from + i);
-                soon.fetch();
-                dots<Keys::Splat>(tile, n, across.kernel);
+                tile.key = keys;
+                for (index_t line = 0; line < lines; ++line) {
+                    if (exact && with_bias)
+                        for (index_t i = 0; i < n; ++i) tile.bias[i] = table.band(line, 0) + (from + i) * L;
+                    soon.fetch();
+                    dots<Keys::Splat>(tile, n, count);
+                    tile.key += count * plan.padded;
+                    for (index_t i = 0; i < n; ++i) tile.out[i] += count * L;
+                }
             }
             return;
         }
@@ -490,6 +542,16 @@ struct Worker {
             C* dp = weights(grad_logits, row, j / L);
             softmax_backward(p, dp, keys, inv);
             if (!call.grad_rpb) continue;
+            const Bias<C> table{at, plan, grad_bias, mirror};
+            if (table.exact()) {
+                const bits<C> map = lane_numbers<C>() < bits<C>{} + decltype(bits<C>{}[0] + 0)(at.across.length - j);
+                for (index_t r = 0; r < at.map_rows; ++r)
+                    for (index_t c = 0; c < at.map_cols; ++c, dp += L) {
+                        C* const sum = table.band(r, c) + j;
+                        store(sum, load(sum) + (vec<C>)((bits<C>)load(dp) & map));
+                    }
+                continue;
+            }
             C* sum = grad_bias + (at.down.start(row) - row + at.down.kernel - 1) * at.across.kernel * plan.wide + j;
             for (index_t k = 0; k < keys; ++k, sum += plan.wide) store(sum, load(sum) + load(dp + k * L));
         }
@@ -525,6 +587,7 @@ struct Worker {
                 index_t flushed, index_t done) {
         const auto& call = plan.call;
         soon.clear();
+        if (!plan.cold) return;
         for (; finished < ends; ++finished) soon.row(at, plan.backward ? call.grad_query : call.out, finished);
         for (; flushed < done; ++flushed) {
             soon.row(at, call.grad_key, flushed);
@@ -638,9 +701,9 @@ bool parallel(nat_parallel_for run, index_t count, const Body& body) {
 }
 
 template <class E>
-int32_t na2d(const nat_na2d_call& call, bool backward, nat_parallel_for run) {
+int32_t na2d(const nat_na2d_call& call, bool backward, nat_parallel_for run, index_t threads) {
     using C = typename Compute<E>::type;
-    const Plan<C> plan(call, backward);
+    const Plan<C> plan(call, backward, threads);
     Arena size;
     Worker<E, C>(plan, size);
 
@@ -680,12 +743,12 @@ int32_t na2d(const nat_na2d_call& call, bool backward, nat_parallel_for run) {
 
 }  // namespace
 
-int32_t NAT_ENTRY(const nat_na2d_call* call, int32_t backward, nat_parallel_for run) {
+int32_t NAT_ENTRY(const nat_na2d_call* call, int32_t backward, nat_parallel_for run, int64_t threads) {
     switch (call->dtype) {
-        case NAT_FLOAT32: return na2d<float>(*call, backward, run);
-        case NAT_FLOAT64: return na2d<double>(*call, backward, run);
-        case NAT_BFLOAT16: return na2d<bfloat16>(*call, backward, run);
-        case NAT_FLOAT16: return na2d<float16>(*call, backward, run);
+        case NAT_FLOAT32: return na2d<float>(*call, backward, run, threads);
+        case NAT_FLOAT64: return na2d<double>(*call, backward, run, threads);
+        case NAT_BFLOAT16: return na2d<bfloat16>(*call, backward, run, threads);
+        case NAT_FLOAT16: return na2d<float16>(*call, backward, run, threads);
     }
     return NAT_BAD_DTYPE;
 }

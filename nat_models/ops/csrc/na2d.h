@@ -31,12 +31,13 @@ typedef struct {
 // torch_parallel_for of torch/csrc/stable/c/shim.h: splits [begin, end) over torch's own threads.
 typedef void (*nat_range_function)(int64_t begin, int64_t end, void* context);
 typedef int32_t (*nat_parallel_for)(int64_t begin, int64_t end, int64_t grain, nat_range_function body, void* context);
+typedef int32_t (*nat_num_threads)(uint32_t* count);  // torch_get_num_threads, of the same header
 
 int32_t nat_na2d_forward(const nat_na2d_call* call);
 int32_t nat_na2d_backward(const nat_na2d_call* call);
 
 // Null (the default) runs everything on the calling thread.
-void nat_set_parallel_for(nat_parallel_for run);
+void nat_set_threads(nat_parallel_for run, nat_num_threads count);
 
 // Null or "" picks the best instruction set of this CPU. Returns 0, or 1 for an unknown one, 2 for one this CPU lacks.
 int32_t nat_select_isa(const char* name);

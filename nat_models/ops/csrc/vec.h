@@ -84,6 +84,13 @@ NAT_INLINE vec<C> permute(vec<C> x, bits<C> from) {
 #endif
 }
 
+template <class C>
+NAT_INLINE bits<C> lane_numbers() {
+    bits<C> lane;
+    for (index_t l = 0; l < lanes<C>; ++l) lane[l] = l;
+    return lane;
+}
+
 // One round of the perfect-shuffle network; log2(lanes) rounds transpose a square of lanes x lanes.
 template <class C>
 NAT_INLINE void transpose(vec<C> (&x)[lanes<C>]) {
