@@ -344,8 +344,11 @@ def compiled(args: argparse.Namespace) -> list[dict]:
         if TOP1.get(name, ("NAT", None))[0] == "NAT":
             module = fuse(module)
             contestants[name, "fused"] = partial(module, *inputs)
-        contestants[name, "compiled"] = partial(torch.compile(module), *inputs)
-        contestants[name, "frozen"] = partial(torch.compile(module, options={"freezing": True}), *inputs)
+        for form, freezing in (("compiled", False), ("frozen", True)):
+            contestants[name, form] = partial(torch.compile(copy.deepcopy(module)), *inputs)
+            # Read while a graph is traced: among the options of torch.compile it comes too late and does nothing.
+            with torch._inductor.config.patch(freezing=freezing):
+                contestants[name, form]()
     ms = interleaved(contestants, args.seconds, args.device)
     rows = []
     for (name, form), t in ms.items():
