@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test test-slow test-sanitize lint bench clean
 
-# One stamp per set of extras, redone when pyproject.toml changes.
-$(VENV)/.installed-%: pyproject.toml
+# One stamp per set of extras, redone when pyproject.toml or the kernel changes.
+$(VENV)/.installed-%: pyproject.toml $(wildcard nat_models/ops/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --editable '.[$*]'
