@@ -6,14 +6,66 @@ from typing import TypeVar
 import torch
 import torch.nn as nn
 from timm.layers import LayerScale
+from torch import Tensor
 
 from .nat import NATBlock
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
+class PointwiseBlock(nn.Module):
+    """A NATBlock in evaluation, on [B, H, W, C], with 1x1 convolutions for linear layers and NCHW views between them.
+
+    What Inductor's freezing asks for: of convolutions it packs the weights for oneDNN, and it makes the GELU and the
+    residual additions that follow them part of their kernels. For linear layers in float32 it does neither.
+    """
+
+    def __init__(self, block: NATBlock) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = block.norm1, block.norm2
+        self.attn = block.attn
+        self.attn.qkv, self.attn.proj = _pointwise(block.attn.qkv), _pointwise(block.attn.proj)
+        self.fc1, self.act, self.fc2 = _pointwise(block.mlp.fc1), block.mlp.act, _pointwise(block.mlp.fc2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = _to_nchw(x)  # every use of x takes this view: of a second one Inductor would not add in place
+        qkv = self.attn.qkv(_to_nchw(self.norm1(_to_nhwc(x))))
+        x = x + self.attn.proj(_to_nchw(self.attn.attend(_to_nhwc(qkv))))
+        hidden = self.act(self.fc1(_to_nchw(self.norm2(_to_nhwc(x)))))
+        return _to_nhwc(x + self.fc2(hidden))
+
+
+def _to_nchw(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)
+
+
+def _to_nhwc(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1)
+
+
+def _use_pointwise_blocks(module: nn.Module) -> None:
+    for name, child in list(module.named_children()):
+        if isinstance(child, NATBlock):
+            setattr(module, name, PointwiseBlock(child))
+
+
+def _pointwise(linear: nn.Linear) -> nn.Conv2d:
+    """A linear layer as a 1x1 convolution."""
+    weight = linear.weight
+    conv = nn.Conv2d(
+        linear.in_features,
+        linear.out_features,
+        1,
+        bias=linear.bias is not None,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    conv.load_state_dict({key: x if x.ndim == 1 else x[:, :, None, None] for key, x in linear.state_dict().items()})
+    return conv
+
+
 @torch.no_grad()
-def fuse(model: _Model) -> _Model:
+def fuse(model: _Model, *, freezing: bool = False) -> _Model:
     """Folds what is linear into the weights next to it; returns a copy in evaluation mode.
 
     Layer scale moves into the projection it follows, the scale of the logits into the rows of the query projection, and
@@ -22,6 +74,8 @@ def fuse(model: _Model) -> _Model:
 
     Args:
         model: A NAT or any module that has NAT blocks inside, a features_only one or a segmentation model say.
+        freezing: Make the form for torch.compile with Inductor's freezing: 1x1 convolutions for the blocks' linear
+            layers. Eager or compiled without freezing it is slower than without this, one image at a time.
 
     Raises:
         ValueError: There is no NAT block in it.
@@ -37,6 +91,8 @@ def fuse(model: _Model) -> _Model:
         attn.scale = 1.0
         block.ls1 = _fold(block.ls1, attn.proj)
         block.ls2 = _fold(block.ls2, block.mlp.fc2)
+    if freezing:
+        fused = PointwiseBlock(fused) if isinstance(fused, NATBlock) else fused.apply(_use_pointwise_blocks)
     return fused.to(memory_format=torch.channels_last)
 
 

@@ -79,12 +79,12 @@ class NeighborhoodAttention2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
-        x = self._attend(self.qkv(x))
+        x = self.attend(self.qkv(x))
         return self.proj_drop(self.proj(x))
 
     @torch.jit.ignore  # the choice of a backend is Python: a scripted model runs and trains but cannot be saved
-    def _attend(self, qkv: Tensor) -> Tensor:
-        """[B, H, W, 3 * C] -> [B, H, W, C]."""
+    def attend(self, qkv: Tensor) -> Tensor:
+        """What is between the projections: [B, H, W, 3 * C] -> [B, H, W, C]."""
         batch, height, width, _ = qkv.shape
         rows, cols = (k * d for k, d in zip(self.kernel_size, self.dilation, strict=True))
         # Whether a symbol is large enough must not be asked: the answer would hold for the exported graph.

@@ -339,15 +339,15 @@ def compiled(args: argparse.Namespace) -> list[dict]:
     contestants = {}
     for name in args.models:
         network = _network(name, args, SIZE)
-        module, inputs = network.func, network.args
+        modules, inputs = {"compiled": network.func, "frozen": copy.deepcopy(network.func)}, network.args
         contestants[name, "eager"] = network
         if TOP1.get(name, ("NAT", None))[0] == "NAT":
-            module = fuse(module)
-            contestants[name, "fused"] = partial(module, *inputs)
-        for form, freezing in (("compiled", False), ("frozen", True)):
-            contestants[name, form] = partial(torch.compile(copy.deepcopy(module)), *inputs)
+            modules = {"compiled": fuse(network.func), "frozen": fuse(network.func, freezing=True)}
+            contestants[name, "fused"] = partial(modules["compiled"], *inputs)
+        for form, module in modules.items():
+            contestants[name, form] = partial(torch.compile(module), *inputs)
             # Read while a graph is traced: among the options of torch.compile it comes too late and does nothing.
-            with torch._inductor.config.patch(freezing=freezing):
+            with torch._inductor.config.patch(freezing=form == "frozen"):
                 contestants[name, form]()
     ms = interleaved(contestants, args.seconds, args.device)
     rows = []

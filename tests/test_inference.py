@@ -4,9 +4,12 @@ import pytest
 import timm
 import torch
 from timm.layers import LayerScale
+from torch._inductor.utils import run_and_get_code
 
 import nat_models
 from nat_models.checkpoints import fit_state_dict
+from nat_models.inference import PointwiseBlock
+from nat_models.nat import NATBlock
 from tests.conftest import original_state_dict
 
 
@@ -19,11 +22,12 @@ def _random(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
+@pytest.mark.parametrize("freezing", [False, True])
 @pytest.mark.parametrize("name", ["nat_mini", "nat_tiny", "nat_small", "nat_base"])
-def test_a_fused_network_is_the_network(name):
+def test_a_fused_network_is_the_network(name, freezing):
     model = _random(timm.create_model(name, depths=(1, 1, 2, 1)))
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    fused = nat_models.fuse(model)
+    fused = nat_models.fuse(model, freezing=freezing)
     assert type(fused) is type(model)
     assert not any(isinstance(module, LayerScale) for module in fused.modules())
     assert not fused.training
@@ -36,8 +40,9 @@ def test_a_fused_network_is_the_network(name):
         assert torch.equal(value, before[key]), f"fuse changed {key} of the model it was given"
 
 
-def test_a_fused_network_is_still_a_timm_model():
-    model = nat_models.fuse(_random(timm.create_model("nat_mini", depths=(1, 1, 1, 1))))
+@pytest.mark.parametrize("freezing", [False, True])
+def test_a_fused_network_is_still_a_timm_model(freezing):
+    model = nat_models.fuse(_random(timm.create_model("nat_mini", depths=(1, 1, 1, 1))), freezing=freezing)
     x = torch.randn(1, 3, 64, 96)
     assert model.forward_features(x).shape == (1, 2, 3, 512)
     assert [m.shape[1] for m in model.forward_intermediates(x, intermediates_only=True)] == [64, 128, 256, 512]
@@ -45,19 +50,46 @@ def test_a_fused_network_is_still_a_timm_model():
     assert model(x).shape == (1, 7)
 
 
-def test_networks_inside_other_modules_are_fused_too():
+@pytest.mark.parametrize("freezing", [False, True])
+def test_networks_inside_other_modules_are_fused_too(freezing):
     backbone = _random(timm.create_model("nat_small", depths=(1, 1, 1, 1), features_only=True))
     x = torch.randn(1, 3, 64, 96)
-    for actual, expected in zip(nat_models.fuse(backbone)(x), backbone(x), strict=True):
+    fused = nat_models.fuse(backbone, freezing=freezing)
+    for actual, expected in zip(fused(x), backbone(x), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert any(isinstance(module, PointwiseBlock) for module in fused.modules()) == freezing
 
 
-def test_low_precision_loses_no_more_than_its_rounding():
+@pytest.mark.parametrize("freezing", [False, True])
+def test_a_block_alone_is_fused(freezing):
+    block = _random(NATBlock(64, 2, init_values=0.5).double())
+    for size in ((9, 11), (3, 1), (1, 1)):
+        x = torch.randn(2, *size, 64, dtype=torch.float64)
+        torch.testing.assert_close(nat_models.fuse(block, freezing=freezing)(x), block(x))
+
+
+@pytest.mark.slow
+def test_frozen_the_blocks_become_packed_convolutions_with_nothing_behind_them():
+    model = _random(timm.create_model("nat_small", depths=(1, 1, 2, 1)))
+    compiled = torch.compile(nat_models.fuse(model, freezing=True), fullgraph=True)
+    x = torch.randn(2, 3, 96, 160)
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True, force_disable_caches=True):
+        actual, code = run_and_get_code(compiled, x)
+    assert (actual - model(x)).abs().max() <= 1e-5 * actual.abs().max()
+    code = "\n".join(code)
+    # Of each of the 5 blocks: qkv, fc1 with its GELU, proj and fc2 with the addition.
+    assert code.count("_convolution_pointwise.default(") == 15  # five are of the stem and the downsamplers
+    assert code.count("'gelu'") == 5
+    assert code.count("_convolution_pointwise_.binary(") == 10
+
+
+@pytest.mark.parametrize("freezing", [False, True])
+def test_low_precision_loses_no_more_than_its_rounding(freezing):
     model = _random(timm.create_model("nat_small", depths=(1, 1, 1, 1)))
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = model(x)
-        plain, fused = (m(x.bfloat16()).float() for m in (model.bfloat16(), nat_models.fuse(model)))
+        plain, fused = (m(x.bfloat16()).float() for m in (model.bfloat16(), nat_models.fuse(model, freezing=freezing)))
     # Folding rounds some weights once more, so the unfused network's own error is the yardstick.
     assert (fused - expected).norm() < 1.5 * (plain - expected).norm()
 

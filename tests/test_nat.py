@@ -212,7 +212,7 @@ def test_torchscript_runs_and_says_why_it_cannot_be_saved(tmp_path):
     scripted = torch.jit.script(model.eval())
     x = torch.randn(1, 3, 64, 96)
     torch.testing.assert_close(scripted(x), model(x))
-    with pytest.raises(RuntimeError, match="Could not export Python function call '_attend'"):
+    with pytest.raises(RuntimeError, match="Could not export Python function call 'attend'"):
         scripted.save(tmp_path / "model.pt")
 
 
