@@ -228,7 +228,19 @@ def na2d_packed(
     if backend := _outside((qkv,) if rpb is None else (qkv, rpb), rpb is not None, window[-1]):
         with _autocast_off(qkv):
             return backend.na2d(*qkv.unbind(3), rpb, *window)
+    if _directly(qkv, rpb):
+        kernel_size, dilation, scale = window
+        return torch.ops.nat_models.na2d_packed_inference.default(
+            qkv, cpu.as_rpb(rpb, qkv.dtype), *kernel_size, *dilation, scale
+        )
     return torch.ops.nat_models.na2d_packed.default(qkv, rpb, *window)
+
+
+def _directly(qkv: Tensor, rpb: Tensor | None) -> bool:
+    """Whether na2d_packed_inference serves: on a CPU, automatically or as `native`, without a gradient."""
+    if qkv.device.type != "cpu" or rpb is None or _requested not in (None, "native"):
+        return False
+    return qkv.stride(-1) == 1 and not (torch.is_grad_enabled() and (qkv.requires_grad or rpb.requires_grad))
 
 
 def _autocast_enabled(x: Tensor) -> bool:
@@ -283,6 +295,10 @@ _SCHEMAS = {
     " -> (Tensor, Tensor, Tensor, Tensor)",
     "na2d_packed": f"(Tensor qkv, Tensor? rpb, {_WINDOW}) -> Tensor",
     "na2d_packed_backward": f"(Tensor grad_output, Tensor qkv, Tensor? rpb, {_WINDOW}) -> (Tensor, Tensor)",
+    # na2d_packed without autograd, whose way leads through Python, and with types that a C function takes. cpu.py
+    # registers its kernel when it loads the library, and from then on a call in a network reaches it without Python.
+    "na2d_packed_inference": "(Tensor qkv, Tensor rpb, int kernel_height, int kernel_width, int dilation_height,"
+    " int dilation_width, float scale) -> Tensor",
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"nat_models::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
@@ -337,6 +353,11 @@ def _na2d_packed(qkv, *args):
     return _forward(*qkv.unbind(3), *args)
 
 
+@torch.library.impl("nat_models::na2d_packed_inference", "CompositeExplicitAutograd")
+def _na2d_packed_inference(qkv, rpb, kernel_height, kernel_width, dilation_height, dilation_width, scale):
+    return _forward(*qkv.unbind(3), rpb, (kernel_height, kernel_width), (dilation_height, dilation_width), scale)
+
+
 @torch.library.impl("nat_models::na2d_packed_backward", "CompositeExplicitAutograd")
 def _na2d_packed_backward(grad_output, qkv, *args):
     grad = _empty(qkv)
@@ -355,6 +376,11 @@ def _na2d_backward_fake(grad_output, query, key, value, rpb, kernel_size, dilati
 
 @torch.library.register_fake("nat_models::na2d_packed")
 def _na2d_packed_fake(qkv, rpb, kernel_size, dilation, scale):
+    return _empty(qkv.select(3, 0))
+
+
+@torch.library.register_fake("nat_models::na2d_packed_inference")
+def _na2d_packed_inference_fake(qkv, *args):
     return _empty(qkv.select(3, 0))
 
 
@@ -409,19 +435,35 @@ def _na2d_packed_flops(qkv_shape, rpb_shape, kernel_size, *args, **kwargs) -> in
     return 2 * _pair_flops(_head_shape(qkv_shape), kernel_size)
 
 
+@register_flop_formula(torch.ops.nat_models.na2d_packed_inference)
+def _na2d_packed_inference_flops(qkv_shape, rpb_shape, kernel_height, kernel_width, *args, **kwargs) -> int:
+    return 2 * _pair_flops(_head_shape(qkv_shape), (kernel_height, kernel_width))
+
+
 @register_flop_formula(torch.ops.nat_models.na2d_packed_backward)
 def _na2d_packed_backward_flops(grad_shape, qkv_shape, rpb_shape, kernel_size, *args, **kwargs) -> int:
     return 5 * _pair_flops(_head_shape(qkv_shape), kernel_size)
 
 
-def _fvcore_handle(head_shape):
+def _fvcore_handle(head_shape, kernel_size):
     def handle(inputs: list, outputs: list) -> int:
         """Operations of one call in a torch.jit graph; fvcore counts a multiply and an add as one."""
-        kernel_size = [x.toIValue() for x in inputs[-3].node().inputs()]
-        return _pair_flops(head_shape(inputs[0].type().sizes()), kernel_size)  # QK^T and PV, 2 FLOPs per operation
+        return _pair_flops(head_shape(inputs[0].type().sizes()), kernel_size(inputs))  # 2 products of 2 FLOPs, halved
 
     return handle
 
 
+def _kernel_size_list(inputs: list) -> list[int]:
+    return [x.toIValue() for x in inputs[-3].node().inputs()]
+
+
+def _kernel_size_pair(inputs: list) -> list[int]:
+    return [x.toIValue() for x in inputs[2:4]]
+
+
 # For fvcore: FlopCountAnalysis(model, image).set_op_handle(**fvcore_handles)
-fvcore_handles = {"nat_models::na2d": _fvcore_handle(list), "nat_models::na2d_packed": _fvcore_handle(_head_shape)}
+fvcore_handles = {
+    "nat_models::na2d": _fvcore_handle(list, _kernel_size_list),
+    "nat_models::na2d_packed": _fvcore_handle(_head_shape, _kernel_size_list),
+    "nat_models::na2d_packed_inference": _fvcore_handle(_head_shape, _kernel_size_pair),
+}

@@ -27,7 +27,18 @@ _SIGNATURES = {
     "nat_select_isa": (ctypes.c_int32, [ctypes.c_char_p]),
     "nat_isa": (ctypes.c_char_p, []),
     "nat_call_size": (ctypes.c_int64, []),
+    "nat_register": (ctypes.c_int32, [ctypes.c_void_p]),
 }
+
+# torch's own parallel_for and the number of its threads, so that torch.set_num_threads holds.
+_THREADS = ("torch_parallel_for", "torch_get_num_threads")
+_REGISTRATION = tuple(  # nat_torch of csrc/na2d.h
+    f"aoti_torch_{name}"
+    for name in (
+        "library_init_impl library_impl get_dim get_sizes get_strides get_dtype get_data_ptr empty_strided "
+        "delete_tensor_object device_type_cpu dtype_float32 dtype_float64 dtype_bfloat16 dtype_float16"
+    ).split()
+)
 
 
 def _find() -> Path:
@@ -58,22 +69,21 @@ def _load() -> ctypes.CDLL:
     if status:
         why = "unknown to this build" if status == 1 else "beyond this CPU"
         raise RuntimeError(f"{_ISA_VARIABLE}={isa!r} is {why}, known are baseline, avx2 and avx512")
-    library.nat_set_threads(*_torch_threads())
+    library.nat_set_threads(*_torch_functions(_THREADS))
+    if all(registration := _torch_functions(_REGISTRATION)):
+        library.nat_register((ctypes.c_void_p * len(registration))(*registration))
     return library
 
 
-def _torch_threads() -> tuple[int | None, ...]:
-    """Addresses of torch's own parallel_for and of the number of its threads, so that torch.set_num_threads holds.
-
-    None, for one thread, on a torch without them.
-    """
-    names = ("torch_parallel_for", "torch_get_num_threads")
+@functools.cache
+def _torch_functions(names: tuple[str, ...]) -> tuple[int | None, ...]:
+    """Addresses of C functions of torch, None for each that this torch lacks."""
     for library in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         path = Path(torch.__file__).parent / "lib" / library
         if path.exists():
             functions = [getattr(ctypes.CDLL(str(path)), name, None) for name in names]
             return tuple(function and ctypes.cast(function, ctypes.c_void_p).value for function in functions)
-    return None, None
+    return (None,) * len(names)
 
 
 @functools.cache
@@ -83,14 +93,15 @@ def available() -> tuple[bool, str]:
         library = _load()
     except (OSError, RuntimeError, AttributeError) as error:
         return False, str(error)
-    return True, f"{library.nat_isa().decode()}, {'torch threads' if _torch_threads()[0] else 'one thread'}"
+    return True, f"{library.nat_isa().decode()}, {'torch threads' if all(_torch_functions(_THREADS)) else 'one thread'}"
 
 
 def _dense_last(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _rpb(rpb: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def as_rpb(rpb: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The bias as the kernel reads it beside tensors of a dtype."""
     return rpb if rpb is None else rpb.to(torch.float64 if dtype == torch.float64 else torch.float32).contiguous()
 
 
@@ -139,7 +150,7 @@ def na2d(
     """Neighborhood attention of checked CPU tensors [B, H, W, num_heads, head_dim]; see `nat_models.na2d`."""
     library = _load()
     query, key, value = _dense_last(query), _dense_last(key), _dense_last(value)
-    bias = _rpb(rpb, query.dtype)
+    bias = as_rpb(rpb, query.dtype)
     out = torch.empty(query.shape, dtype=query.dtype)
     if out.numel():
         _check(library.nat_na2d_forward(_call(out, None, query, key, value, bias, kernel_size, dilation, scale)))
@@ -160,7 +171,7 @@ def na2d_backward(
     """Writes the gradients of query, key and value into `grads` (any strides, dense last axis); returns that of rpb."""
     library = _load()
     query, key, value, grad_output = map(_dense_last, (query, key, value, grad_output))
-    bias = _rpb(rpb, query.dtype)
+    bias = as_rpb(rpb, query.dtype)
     grad_rpb = None if bias is None else torch.zeros_like(bias)
     if query.numel():
         tensors = (None, grad_output, query, key, value, bias)
