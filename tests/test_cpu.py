@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nat_models.ops import cpu, reference
+from nat_models.ops import cpu, na2d_packed, reference
 
 pytestmark = pytest.mark.skipif(not cpu.available()[0], reason=f"no kernel: {cpu.available()[1]}")
 
@@ -106,6 +106,57 @@ def test_any_strides_give_the_same_bits(dtype):
         assert torch.equal(x, y), name
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_without_gradients_the_operator_reaches_the_kernel_directly(dtype, monkeypatch):
+    cpu.available()  # loads the library, which registers the kernel
+    if not all(cpu._torch_functions(cpu._REGISTRATION)):
+        pytest.skip("this torch has no C shim to register kernels through")
+    for (batch, height, width, num_heads, head_dim), kernel_size, dilation in GRID[::3]:
+        rpb = torch.randn(num_heads, *(2 * k - 1 for k in kernel_size)).to(dtype)
+        dense = torch.randn(batch, height, width, 3, num_heads, head_dim).to(dtype)
+        apart = torch.randn(3, num_heads, batch, width, height, 2 * head_dim).to(dtype)[..., :head_dim]
+        for qkv in (dense, apart.permute(2, 4, 3, 0, 1, 5), dense[:0]):
+            expected = cpu.na2d(*qkv.unbind(3), rpb, kernel_size, dilation, head_dim**-0.5)
+            with monkeypatch.context() as patch, torch.inference_mode():
+                patch.setattr(cpu, "na2d", None)
+                output = na2d_packed(qkv, kernel_size=kernel_size, dilation=dilation, rpb=rpb)
+            assert torch.equal(output, expected)
+            assert output.is_contiguous()
+
+
+def test_the_first_call_of_a_process_and_those_after_it_give_the_same_bits():
+    code = (
+        "import torch; from nat_models.ops import na2d_packed; from torch._C import _dispatch_dump as dump\n"
+        "torch.set_grad_enabled(False); qkv, rpb = torch.randn(1, 9, 11, 3, 2, 8), torch.randn(2, 5, 5)\n"
+        "results = [na2d_packed(qkv, kernel_size=3, rpb=rpb) for _ in range(2)]; print(torch.equal(*results))\n"
+        "print('CPU: registered at operator.cpp' in dump('nat_models::na2d_packed_inference'))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["True", str(all(cpu._torch_functions(cpu._REGISTRATION)))]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(rpb=torch.zeros(2, 5, 5, dtype=torch.float64)),
+        dict(rpb=torch.zeros(2, 5, 7)),
+        dict(rpb=torch.zeros(2, 5, 5).mT[:, ::2]),
+        dict(qkv=torch.zeros(1, 9, 11, 2, 2, 8)),
+        dict(qkv=torch.zeros(1, 9, 2, 3, 2, 8)),
+        dict(qkv=torch.zeros(1, 9, 11, 3, 8, 2).mT),
+        dict(qkv=torch.zeros(1, 9, 11, 3, 2, 8, dtype=torch.int32)),
+    ],
+    ids=lambda change: " ".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in change.items()),
+)
+def test_the_kernel_called_directly_refuses_what_it_cannot_read(change):
+    cpu.available()
+    if not all(cpu._torch_functions(cpu._REGISTRATION)):
+        pytest.skip("this torch has no C shim to register kernels through")
+    arguments = dict(qkv=torch.zeros(1, 9, 11, 3, 2, 8), rpb=torch.zeros(2, 5, 5)) | change
+    with pytest.raises(RuntimeError, match="na2d_packed_inference: "):
+        torch.ops.nat_models.na2d_packed_inference(*arguments.values(), 3, 3, 1, 1, 1.0)
+
+
 @pytest.mark.parametrize(("shape", "kernel_size", "dilation"), GRID[::4])
 def test_any_number_of_threads_gives_the_same_bits(shape, kernel_size, dilation):
     case = *_inputs(shape, kernel_size, torch.float32), kernel_size, dilation
@@ -157,6 +208,16 @@ def test_forked_loader_workers_may_use_the_kernel():
     assert torch.equal(next(iter(loader)), expected)
 
 
+_GRID_TESTS = [
+    f"{Path(__file__)}::{test.__name__}"
+    for test in (
+        test_kernel_is_the_reference,
+        test_any_strides_give_the_same_bits,
+        test_without_gradients_the_operator_reaches_the_kernel_directly,
+    )
+]
+
+
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_every_instruction_set_passes_the_grid(isa):
     environment = {**os.environ, "NAT_MODELS_CPU_ISA": isa}
@@ -165,17 +226,14 @@ def test_every_instruction_set_passes_the_grid(isa):
     if "beyond this CPU" in probe.stdout or "unknown to this build" in probe.stdout:
         pytest.skip(probe.stdout)
     assert isa in probe.stdout
-    tests = [
-        f"{Path(__file__)}::{name}" for name in ("test_kernel_is_the_reference", "test_any_strides_give_the_same_bits")
-    ]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "float32", *tests],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "float32", *_GRID_TESTS],
         env=environment,
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stdout[-3000:]
-    assert f"{2 * len(GRID) + 1} passed" in run.stdout
+    assert f"{2 * len(GRID) + 2} passed" in run.stdout
 
 
 @pytest.mark.slow
@@ -195,14 +253,13 @@ def test_sanitizers_find_nothing_in_the_grid(isa, sanitized):
         "print(cpu.available())\n"
         "sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', *sys.argv[2:]]))"
     )
-    tests = [
-        f"{Path(__file__)}::{name}" for name in ("test_kernel_is_the_reference", "test_any_strides_give_the_same_bits")
-    ]
-    run = subprocess.run([sys.executable, "-c", code, library, *tests], env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code, library, *_GRID_TESTS], env=environment, capture_output=True, text=True
+    )
     if "beyond this CPU" in run.stdout or "unknown to this build" in run.stdout:
         pytest.skip(run.stdout.splitlines()[0])
     assert run.returncode == 0, (run.stdout + run.stderr)[-5000:]
-    assert f"{len(GRID) * len(TOLERANCE) * 2 + 2} passed" in run.stdout
+    assert f"{len(GRID) * len(TOLERANCE) * 2 + 2 + len(TOLERANCE)} passed" in run.stdout
 
 
 @pytest.fixture(scope="module")

@@ -263,6 +263,26 @@ def test_opcheck(with_rpb, backend):
     )
 
 
+def test_opcheck_of_the_operator_without_gradients(backend):
+    if backend not in ("native", "blocked"):
+        pytest.skip(f"{backend} does not go through the operator")
+    qkv, rpb = torch.randn(1, 9, 12, 3, 2, 8), torch.randn(2, 5, 9)
+    opcheck(torch.ops.nat_models.na2d_packed_inference.default, (qkv, rpb, 3, 5, 2, 1, 0.25))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_packed_runs_and_counts_as_the_operator_of_its_purpose(grad):
+    qkv = torch.randn(2, 9, 12, 3, 2, 8, requires_grad=True)
+    rpb = torch.randn(2, 5, 9)
+    with torch.set_grad_enabled(grad), FlopCounterMode(display=False) as counter:
+        output = na2d_packed(qkv, kernel_size=(3, 5), rpb=rpb)
+    assert output.requires_grad is grad
+    name = "nat_models.na2d_packed" if grad else "nat_models.na2d_packed_inference"
+    assert {str(op): count for op, count in counter.get_flop_counts()["Global"].items()} == {
+        name: 2 * 2 * (2 * 9 * 12) * (3 * 5) * (2 * 8)
+    }
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_as_one_graph(dynamic):
     inputs = _inputs(2, 9, 12, 2, 8, (3, 3), torch.float32, requires_grad=True)

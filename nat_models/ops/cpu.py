@@ -32,12 +32,21 @@ _SIGNATURES = {
 
 # torch's own parallel_for and the number of its threads, so that torch.set_num_threads holds.
 _THREADS = ("torch_parallel_for", "torch_get_num_threads")
-_REGISTRATION = tuple(  # nat_torch of csrc/na2d.h
-    f"aoti_torch_{name}"
-    for name in (
-        "library_init_impl library_impl get_dim get_sizes get_strides get_dtype get_data_ptr empty_strided "
-        "delete_tensor_object device_type_cpu dtype_float32 dtype_float64 dtype_bfloat16 dtype_float16"
-    ).split()
+_REGISTRATION = (  # nat_torch of csrc/na2d.h
+    "aoti_torch_library_init_impl",
+    "aoti_torch_library_impl",
+    "aoti_torch_get_dim",
+    "aoti_torch_get_sizes",
+    "aoti_torch_get_strides",
+    "aoti_torch_get_dtype",
+    "aoti_torch_get_data_ptr",
+    "aoti_torch_empty_strided",
+    "aoti_torch_delete_tensor_object",
+    "aoti_torch_device_type_cpu",
+    "aoti_torch_dtype_float32",
+    "aoti_torch_dtype_float64",
+    "aoti_torch_dtype_bfloat16",
+    "aoti_torch_dtype_float16",
 )
 
 
