@@ -145,16 +145,21 @@ def test_the_first_call_of_a_process_and_those_after_it_give_the_same_bits():
         dict(qkv=torch.zeros(1, 9, 2, 3, 2, 8)),
         dict(qkv=torch.zeros(1, 9, 11, 3, 8, 2).mT),
         dict(qkv=torch.zeros(1, 9, 11, 3, 2, 8, dtype=torch.int32)),
+        dict(rpb=torch.zeros(2, 7, 7), kernel_height=4, kernel_width=4),
+        dict(dilation_height=0),
+        dict(dilation_width=4),
     ],
-    ids=lambda change: " ".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in change.items()),
+    ids=lambda change: " ".join(f"{x.dtype} {[*x.shape]}" if torch.is_tensor(x) else n for n, x in change.items()),
 )
 def test_the_kernel_called_directly_refuses_what_it_cannot_read(change):
     cpu.available()
     if not all(cpu._torch_functions(cpu._REGISTRATION)):
         pytest.skip("this torch has no C shim to register kernels through")
-    arguments = dict(qkv=torch.zeros(1, 9, 11, 3, 2, 8), rpb=torch.zeros(2, 5, 5)) | change
+    arguments = dict(qkv=torch.zeros(1, 9, 11, 3, 2, 8), rpb=torch.zeros(2, 5, 5), scale=1.0)
+    arguments |= dict(kernel_height=3, kernel_width=3, dilation_height=1, dilation_width=1)
+    torch.ops.nat_models.na2d_packed_inference(**arguments)
     with pytest.raises(RuntimeError, match="na2d_packed_inference: "):
-        torch.ops.nat_models.na2d_packed_inference(*arguments.values(), 3, 3, 1, 1, 1.0)
+        torch.ops.nat_models.na2d_packed_inference(**arguments | change)
 
 
 @pytest.mark.parametrize(("shape", "kernel_size", "dilation"), GRID[::4])

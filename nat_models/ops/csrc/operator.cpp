@@ -71,11 +71,13 @@ void na2d_packed_inference(uint64_t* stack, uint64_t, uint64_t) {
     call.dtype = dtype_of(qkv, bytes);
     const int32_t rpb_dtype = call.dtype == NAT_FLOAT64 ? torch.dtype_float64() : torch.dtype_float32();
     // The package has checked shapes; these are its promises to this kernel, kept for whoever calls the operator itself.
-    const bool fits = qkv.dim == 6 && qkv.size[3] == 3 && (qkv.size[5] == 1 || qkv.stride[5] == 1) && rpb.dim == 3 &&
-                      rpb.dtype() == rpb_dtype && rpb.contiguous() && rpb.size[0] == qkv.size[4] &&
-                      rpb.size[1] == 2 * call.kernel[0] - 1 && rpb.size[2] == 2 * call.kernel[1] - 1 &&
-                      call.kernel[0] * call.dilation[0] <= qkv.size[1] &&
-                      call.kernel[1] * call.dilation[1] <= qkv.size[2];
+    bool fits = true;
+    for (int i = 0; i < 2; ++i) fits = fits && call.kernel[i] >= 3 && call.kernel[i] % 2 && call.dilation[i] >= 1;
+    fits = fits && qkv.dim == 6 && qkv.size[3] == 3 && (qkv.size[5] == 1 || qkv.stride[5] == 1) && rpb.dim == 3 &&
+           rpb.dtype() == rpb_dtype && rpb.contiguous() && rpb.size[0] == qkv.size[4] &&
+           rpb.size[1] == 2 * call.kernel[0] - 1 && rpb.size[2] == 2 * call.kernel[1] - 1 &&
+           call.kernel[0] * call.dilation[0] <= qkv.size[1] &&
+           call.kernel[1] * call.dilation[1] <= qkv.size[2];
     if (!fits) throw std::runtime_error("na2d_packed_inference: arguments that nat_models.na2d_packed would not pass");
 
     call.batch = qkv.size[0];
