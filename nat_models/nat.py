@@ -98,9 +98,13 @@ class NATBlock(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        shape = x.shape
+        # [B, H * W, C]: of four axes Inductor takes the second for the channels, since there are convolutions nearby,
+        # and lays sums out so that their channels are far apart.
+        x = x.flatten(1, 2)
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x).view(shape)).flatten(1, 2)))
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return x
+        return x.view(shape)
 
 
 class NATLevel(nn.Module):
