@@ -1,5 +1,7 @@
 """The networks: the published ones exactly, and timm's contract over all of them."""
 
+import re
+
 import pytest
 import timm
 import torch
@@ -7,6 +9,7 @@ from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from timm.models import create_model, list_models
 from timm.optim import create_optimizer_v2
+from torch._inductor.utils import run_and_get_code
 from torch.utils.flop_counter import FlopCounterMode
 
 import nat_models  # noqa: F401  registers the models
@@ -327,3 +330,16 @@ def test_every_parameter_has_a_group(coarse):
     assert sum(len(names) for names in groups.values()) == len(list(model.parameters()))
     # The stem, then levels or blocks (a downsampling goes with the block behind it), then the head.
     assert len(groups) == 1 + (4 if coarse else 5) + 1
+
+
+@pytest.mark.slow
+def test_compiled_every_map_keeps_its_channels_together():
+    model = create_model("nat_mini", depths=(2, 2, 2, 2)).eval()
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        _, code = run_and_get_code(torch.compile(model, fullgraph=True), torch.randn(2, 3, 224, 224))
+    buffers = re.findall(r"empty_strided_cpu\(\(([\d, ]+)\), \(([\d, ]+)\)", "\n".join(code))
+    maps = [(size, stride) for size, stride in buffers if int(size.split(", ")[-1]) >= 64]
+    assert len(maps) > 4
+    assert [(size, stride) for size, stride in maps if stride.split(", ")[-1] != "1"] == [
+        ("2, 3, 224, 224", "150528, 1, 672, 3")  # the image, for the first convolution
+    ]
