@@ -237,8 +237,13 @@ def na2d_packed(
 
 
 def _directly(qkv: Tensor, rpb: Tensor | None) -> bool:
-    """Whether na2d_packed_inference serves: on a CPU, automatically or as `native`, without a gradient."""
+    """Whether na2d_packed_inference serves: on a CPU, automatically or as `native`, without a gradient.
+
+    Never in torch.jit.trace, which traces with gradients and checks what it traced without.
+    """
     if qkv.device.type != "cpu" or rpb is None or _requested not in (None, "native"):
+        return False
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing():
         return False
     return qkv.stride(-1) == 1 and not (torch.is_grad_enabled() and (qkv.requires_grad or rpb.requires_grad))
 
@@ -445,25 +450,14 @@ def _na2d_packed_backward_flops(grad_shape, qkv_shape, rpb_shape, kernel_size, *
     return 5 * _pair_flops(_head_shape(qkv_shape), kernel_size)
 
 
-def _fvcore_handle(head_shape, kernel_size):
+def _fvcore_handle(head_shape):
     def handle(inputs: list, outputs: list) -> int:
         """Operations of one call in a torch.jit graph; fvcore counts a multiply and an add as one."""
-        return _pair_flops(head_shape(inputs[0].type().sizes()), kernel_size(inputs))  # 2 products of 2 FLOPs, halved
+        kernel_size = [x.toIValue() for x in inputs[-3].node().inputs()]
+        return _pair_flops(head_shape(inputs[0].type().sizes()), kernel_size)  # QK^T and PV, 2 FLOPs per operation
 
     return handle
 
 
-def _kernel_size_list(inputs: list) -> list[int]:
-    return [x.toIValue() for x in inputs[-3].node().inputs()]
-
-
-def _kernel_size_pair(inputs: list) -> list[int]:
-    return [x.toIValue() for x in inputs[2:4]]
-
-
 # For fvcore: FlopCountAnalysis(model, image).set_op_handle(**fvcore_handles)
-fvcore_handles = {
-    "nat_models::na2d": _fvcore_handle(list, _kernel_size_list),
-    "nat_models::na2d_packed": _fvcore_handle(_head_shape, _kernel_size_list),
-    "nat_models::na2d_packed_inference": _fvcore_handle(_head_shape, _kernel_size_pair),
-}
+fvcore_handles = {"nat_models::na2d": _fvcore_handle(list), "nat_models::na2d_packed": _fvcore_handle(_head_shape)}
