@@ -106,11 +106,17 @@ def test_any_strides_give_the_same_bits(dtype):
         assert torch.equal(x, y), name
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_without_gradients_the_operator_reaches_the_kernel_directly(dtype, monkeypatch):
+@pytest.fixture
+def registered():
+    """The kernel where PyTorch finds it."""
     cpu.available()  # loads the library, which registers the kernel
     if not all(cpu._torch_functions(cpu._REGISTRATION)):
         pytest.skip("this torch has no C shim to register kernels through")
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_without_gradients_the_operator_reaches_the_kernel_directly(dtype, monkeypatch):
     for (batch, height, width, num_heads, head_dim), kernel_size, dilation in GRID[::3]:
         rpb = torch.randn(num_heads, *(2 * k - 1 for k in kernel_size)).to(dtype)
         dense = torch.randn(batch, height, width, 3, num_heads, head_dim).to(dtype)
@@ -135,6 +141,7 @@ def test_the_first_call_of_a_process_and_those_after_it_give_the_same_bits():
     assert run.stdout.split() == ["True", str(all(cpu._torch_functions(cpu._REGISTRATION)))]
 
 
+@pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize(
     "change",
     [
@@ -152,9 +159,6 @@ def test_the_first_call_of_a_process_and_those_after_it_give_the_same_bits():
     ids=lambda change: " ".join(f"{x.dtype} {[*x.shape]}" if torch.is_tensor(x) else n for n, x in change.items()),
 )
 def test_the_kernel_called_directly_refuses_what_it_cannot_read(change):
-    cpu.available()
-    if not all(cpu._torch_functions(cpu._REGISTRATION)):
-        pytest.skip("this torch has no C shim to register kernels through")
     arguments = dict(qkv=torch.zeros(1, 9, 11, 3, 2, 8), rpb=torch.zeros(2, 5, 5), scale=1.0)
     arguments |= dict(kernel_height=3, kernel_width=3, dilation_height=1, dilation_width=1)
     torch.ops.nat_models.na2d_packed_inference(**arguments)

@@ -380,12 +380,8 @@ def _na2d_backward_fake(grad_output, query, key, value, rpb, kernel_size, dilati
 
 
 @torch.library.register_fake("nat_models::na2d_packed")
-def _na2d_packed_fake(qkv, rpb, kernel_size, dilation, scale):
-    return _empty(qkv.select(3, 0))
-
-
 @torch.library.register_fake("nat_models::na2d_packed_inference")
-def _na2d_packed_inference_fake(qkv, *args):
+def _na2d_packed_fake(qkv, *args):
     return _empty(qkv.select(3, 0))
 
 
