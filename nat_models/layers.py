@@ -9,7 +9,7 @@ from timm.layers import trunc_normal_
 from timm.models import register_notrace_module
 from torch import Tensor
 
-from .ops import blocked, na2d_packed, traced
+from .ops import na2d_qkvpacked
 from .ops.window import window_pair
 
 
@@ -82,24 +82,27 @@ class NeighborhoodAttention2d(nn.Module):
         x = self.attend(self.qkv(x))
         return self.proj_drop(self.proj(x))
 
-    @torch.jit.ignore  # the choice of a backend is Python: a scripted model runs and trains but cannot be saved
+    # TorchScript calls back into Python here, so a scripted model runs and trains but cannot be saved.
+    @torch.jit.ignore
     def attend(self, qkv: Tensor) -> Tensor:
-        """What is between the projections: [B, H, W, 3 * C] -> [B, H, W, C]."""
+        """The attention between the projections: [B, H, W, 3 * C] -> [B, H, W, C]."""
         batch, height, width, _ = qkv.shape
         rows, cols = (k * d for k, d in zip(self.kernel_size, self.dilation, strict=True))
-        # Whether a symbol is large enough must not be asked: the answer would hold for the exported graph.
+        # Comparing a symbolic size would bake the answer into the exported graph; always pad then.
         fits = isinstance(height, int) and isinstance(width, int) and height >= rows and width >= cols
         if fits:
             qkv = qkv.view(batch, height, width, 3, self.num_heads, self.head_dim)
         else:
             qkv = _pad(qkv, self.qkv.bias, _at_least(rows, height), _at_least(cols, width))
             qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
-        if self.training and self.attn_drop > 0.0:
-            window = (self.rpb, self.kernel_size, self.dilation, self.scale)
-            plain = traced if torch.compiler.is_compiling() else blocked
-            x = plain.na2d(*qkv.unbind(3), *window, dropout_p=self.attn_drop)
-        else:
-            x = na2d_packed(qkv, kernel_size=self.kernel_size, dilation=self.dilation, rpb=self.rpb, scale=self.scale)
+        x = na2d_qkvpacked(
+            qkv,
+            kernel_size=self.kernel_size,
+            dilation=self.dilation,
+            rpb=self.rpb,
+            scale=self.scale,
+            dropout_p=self.attn_drop if self.training else 0.0,
+        )
         if not fits:
             x = x[:, :height, :width].clone(memory_format=torch.contiguous_format)
         return x.flatten(3)
@@ -108,9 +111,9 @@ class NeighborhoodAttention2d(nn.Module):
         return f"dim={self.dim}, num_heads={self.num_heads}, kernel_size={self.kernel_size}, dilation={self.dilation}"
 
 
-def _at_least(least: int, length: int | torch.SymInt | Tensor) -> int | torch.SymInt | Tensor:
-    """max(least, length) without a branch: length is a symbol under torch.export, a tensor under torch.jit.trace."""
-    return length.clamp(min=least) if isinstance(length, Tensor) else torch.sym_max(least, length)
+def _at_least(minimum: int, length: int | torch.SymInt | Tensor) -> int | torch.SymInt | Tensor:
+    """max(minimum, length) without a branch: length is a symbol under torch.export, a tensor in torch.jit.trace."""
+    return length.clamp(min=minimum) if isinstance(length, Tensor) else torch.sym_max(minimum, length)
 
 
 def _pad(qkv: Tensor, bias: Tensor | None, padded_height: int, padded_width: int) -> Tensor:

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import nat_models.ops
 from nat_models import NeighborhoodAttention2d
-from nat_models.ops import flex, na2d, na2d_packed, reference, use_backend
+from nat_models.ops import na2d, na2d_qkvpacked, selection, use_backend
+from nat_models.ops.backends import flex, reference
+from nat_models.ops.request import Request
 from nat_models.ops.window import window
 
 CPU = torch.device("cpu")
@@ -117,7 +118,7 @@ def _compile_and_compare(shape, dtype, with_rpb):
     qkv = torch.randn(shape).to(dtype)
     rpb = torch.randn(shape[4], 5, 9) if with_rpb else None
     with torch.no_grad(), use_backend("flex"):
-        output = torch.compile(na2d_packed, fullgraph=True)(qkv, kernel_size=(3, 5), dilation=(2, 1), rpb=rpb)
+        output = torch.compile(na2d_qkvpacked, fullgraph=True)(qkv, kernel_size=(3, 5), dilation=(2, 1), rpb=rpb)
     wide = [x.double() for x in qkv.unbind(3)]
     expected = reference.na2d(*wide, rpb if rpb is None else rpb.double(), (3, 5), (2, 1), shape[-1] ** -0.5)
     error = (output - expected).abs().max() / expected.abs().max()
@@ -168,4 +169,7 @@ def test_eager_fakes_and_lookers_on_see_the_operator(monkeypatch):
         query = torch.empty(2, 9, 12, 2, 32, device="cuda")
         rpb = torch.empty(2, 5, 5, device="cuda")
     assert na2d(query, query, query, kernel_size=3, rpb=rpb).device.type == "cuda"
-    assert nat_models.ops._outside((query, rpb), True, 1.0) is None
+    request = Request(torch.device("cuda"), torch.float32, 32, 1.0)
+    assert selection.select(request) == "flex"
+    assert selection.select(request._replace(empty=True)) == "blocked"
+    assert selection.select(request._replace(observed=True)) == "blocked"

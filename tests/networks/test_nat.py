@@ -13,8 +13,8 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils.flop_counter import FlopCounterMode
 
 import nat_models  # noqa: F401  registers the models
-from nat_models.nat import NAT
-from nat_models.ops import fvcore_handles
+from nat_models.complexity import fvcore_handles
+from nat_models.networks.nat import NAT
 from tests.conftest import FIXTURES, original_state_dict, tensor
 
 MODELS = list_models(module="nat")
@@ -85,8 +85,8 @@ def test_fvcore_counts_the_published_cost_too(name):
     assert f"{count.total() / 1e9:.1f}" == PUBLISHED[name][1]
     with FlopCounterMode(display=False) as counter:
         model(image)
-    flops = counter.get_flop_counts()["Global"][torch.ops.nat_models.na2d_packed_inference]
-    assert 2 * count.by_operator()["na2d_packed"] == flops  # an operation of fvcore is a multiply and an add
+    flops = counter.get_flop_counts()["Global"][torch.ops.nat_models.na2d_qkvpacked_inference]
+    assert 2 * count.by_operator()["na2d_qkvpacked"] == flops  # an operation of fvcore is a multiply and an add
 
 
 @pytest.mark.parametrize("name", MODELS)

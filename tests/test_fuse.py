@@ -8,8 +8,8 @@ from torch._inductor.utils import run_and_get_code
 
 import nat_models
 from nat_models.checkpoints import fit_state_dict
-from nat_models.inference import PointwiseBlock
-from nat_models.nat import NATBlock
+from nat_models.fuse import PointwiseBlock
+from nat_models.networks.nat import NATBlock
 from tests.conftest import original_state_dict
 
 

@@ -19,8 +19,8 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
-from .checkpoints import explain_load_errors, fit_state_dict
-from .layers import NeighborhoodAttention2d
+from ..checkpoints import load_weights
+from ..layers import NeighborhoodAttention2d
 
 __all__ = ["NAT"]
 
@@ -56,7 +56,7 @@ class ConvDownsampler(nn.Module):
         exporting = False
         if not torch.jit.is_scripting():
             exporting = torch.compiler.is_exporting()
-        if exporting:  # of a map that is channels-last in memory, export wants to know if B is 1
+        if exporting:  # torch.export guards on B == 1 for a channels-last map; a contiguous clone avoids that
             x = x.clone(memory_format=torch.contiguous_format)
         return self.norm(self.reduction(x).permute(0, 2, 3, 1))
 
@@ -99,8 +99,8 @@ class NATBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shape = x.shape
-        # [B, H * W, C]: of four axes Inductor takes the second for the channels, since there are convolutions nearby,
-        # and lays sums out so that their channels are far apart.
+        # [B, H * W, C]: with convolutions around, Inductor takes a 4-D tensor for NCHW and stores the residual sums
+        # channels-first; 3-D avoids that.
         x = x.flatten(1, 2)
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x).view(shape)).flatten(1, 2)))
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
@@ -108,7 +108,7 @@ class NATBlock(nn.Module):
 
 
 class NATLevel(nn.Module):
-    """Blocks at one resolution, behind the downsampling that leads to it: the level's output is its feature map."""
+    """Blocks at one resolution, preceded by their downsampling: the level's output is its feature map."""
 
     def __init__(
         self,
@@ -277,7 +277,7 @@ class NAT(nn.Module):
             x: [B, in_chans, H, W].
             indices: Levels to take: the last n for an int, all for None.
             norm: Apply the final norm to the last level's map.
-            stop_early: Do not run levels behind the last one taken.
+            stop_early: Do not run levels after the last one taken.
             output_fmt: "NCHW" or "NHWC", the layout of the maps handed out.
             intermediates_only: Return the maps alone.
 
@@ -302,7 +302,7 @@ class NAT(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drops the levels behind the last one taken, with the norm and head they fed; returns the levels taken."""
+        """Drops the levels after the last one taken, with the norm and head they fed; returns the levels taken."""
         take, last = feature_take_indices(len(self.levels), indices)
         cut = last < len(self.levels) - 1
         self.levels = self.levels[: last + 1]
@@ -337,26 +337,27 @@ def _init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def checkpoint_filter_fn(state_dict: dict, model: NAT) -> dict[str, Tensor]:
-    """timm's hook between a checkpoint and the model: any published layout in, exactly the model's keys out."""
-    return fit_state_dict(state_dict, model)
-
-
 def _create_nat(variant: str, pretrained: bool = False, **kwargs) -> NAT:
     out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
+    cache_dir = kwargs.pop("cache_dir", None)
     if kwargs.get("features_only"):
         kwargs.setdefault("num_classes", 0)  # a checkpoint without a head serves too
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-    with explain_load_errors(variant, cfg.to_dict()):
-        return build_model_with_cfg(
-            NAT,
-            variant,
-            pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            # The getter hands out NCHW maps, as users of features_only expect.
-            feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
-            **kwargs,
-        )
+
+    def create(**model_kwargs) -> NAT:
+        model = NAT(**model_kwargs)
+        if pretrained:  # here, before timm wraps the model for features_only
+            load_weights(model, variant, cfg.to_dict(), cache_dir)
+        return model
+
+    return build_model_with_cfg(
+        create,
+        variant,
+        pretrained=False,
+        # The getter hands out NCHW maps, as users of features_only expect.
+        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
+        **kwargs,
+    )
 
 
 def _cfg(**kwargs) -> dict:

@@ -3,7 +3,15 @@
 import torch
 from torch import Tensor
 
-from .window import window
+from ..request import Request
+from ..window import window
+
+SUMMARY = "every key gathered, in plain autograd; slow, the meaning of the operator"
+
+
+def why_not(request: Request) -> str | None:
+    """Why it cannot run a kind of call; None if it can."""
+    return "it drops no attention weights" if request.dropout else None
 
 
 def na2d(

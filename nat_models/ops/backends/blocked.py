@@ -14,15 +14,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .window import group_length, window_start
+from ..request import Request
+from ..window import group_length, window_start
 
-# On small maps one tile wins: masked-out work costs less than gathering halos (scripts/benchmark.py, "tiles").
+SUMMARY = "tiles of queries against their halo through scaled_dot_product_attention; any device"
+
+# On small maps one tile wins: masked-out work costs less than gathering halos (the benchmark's suite "tiles").
 _WHOLE_MAP_QUERIES = 256
 _TILE = 7
 # Elements of the largest intermediate per chunk of the batch. On a CPU, fresh pages dominate once a chunk outgrows the
 # caches.
 _CHUNK_ELEMENTS = {"cpu": 1 << 20}
 _CHUNK_ELEMENTS_DEFAULT = 1 << 26
+
+
+def why_not(request: Request) -> str | None:
+    """Why it cannot run a kind of call; None if it can."""
+    return "torch.compile cannot trace its attention dropout" if request.dropout and request.compiling else None
 
 
 class _Axis(NamedTuple):
@@ -124,7 +132,7 @@ def _plan_of(
     rows, cols = (_axis(n, k, d, tile, device) for n, k, d in zip(size, kernel_size, dilation, strict=True))
     (_, t, h), (tiles, u, w) = rows.offsets.shape, cols.offsets.shape
     height, width = (2 * k - 1 for k in kernel_size)
-    # Pairs outside the window (-1) point behind the table, at a row or a column of -inf.
+    # Pairs outside the window (-1) index the extra row or column of -inf.
     row_offsets, col_offsets = rows.offsets % (height + 1), cols.offsets % (width + 1)
     head = torch.arange(num_heads, device=device).view(-1, 1, 1, 1, 1)
     tile_col = torch.arange(tiles * u, device=device).view(1, tiles, 1, u, 1)
@@ -195,7 +203,7 @@ def na2d(
 ) -> Tensor:
     """Neighborhood attention in plain PyTorch operations, differentiable by autograd.
 
-    `dropout_p` drops attention weights, which no kernel does: the layer comes here when it trains with attn_drop.
+    `dropout_p` drops attention weights, which no kernel does.
     """
     if query.numel() == 0:
         return torch.empty_like(query, memory_format=torch.contiguous_format)

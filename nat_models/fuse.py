@@ -8,7 +8,7 @@ import torch.nn as nn
 from timm.layers import LayerScale
 from torch import Tensor
 
-from .nat import NATBlock
+from .networks.nat import NATBlock
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -28,7 +28,7 @@ class PointwiseBlock(nn.Module):
         self.fc1, self.act, self.fc2 = _pointwise(block.mlp.fc1), block.mlp.act, _pointwise(block.mlp.fc2)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = _to_nchw(x)  # every use of x takes this view: of a second one Inductor would not add in place
+        x = _to_nchw(x)  # one NCHW view throughout: with a second one Inductor would not add in place
         qkv = self.attn.qkv(_to_nchw(self.norm1(_to_nhwc(x))))
         x = x + self.attn.proj(_to_nchw(self.attn.attend(_to_nhwc(qkv))))
         hidden = self.act(self.fc1(_to_nchw(self.norm2(_to_nhwc(x)))))

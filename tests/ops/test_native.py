@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nat_models.ops import cpu, na2d_packed, reference
+from nat_models.ops import na2d_qkvpacked
+from nat_models.ops.backends import native, reference
 
-pytestmark = pytest.mark.skipif(not cpu.available()[0], reason=f"no kernel: {cpu.available()[1]}")
+pytestmark = pytest.mark.skipif(not native.available()[0], reason=f"no kernel: {native.available()[1]}")
 
 RESULTS = ("output", "grad_query", "grad_key", "grad_value", "grad_rpb")
 
@@ -62,9 +63,9 @@ def _inputs(shape, kernel_size, dtype, with_rpb=True):
 
 def _run(query, key, value, rpb, grad_output, kernel_size, dilation):
     window = (kernel_size, dilation, query.shape[-1] ** -0.5)
-    output = cpu.na2d(query, key, value, rpb, *window)
+    output = native.na2d(query, key, value, rpb, *window)
     grads = torch.empty(*query.shape[:3], 3, *query.shape[3:], dtype=query.dtype).unbind(3)
-    rpb_grad = cpu.na2d_backward(grad_output, query, key, value, rpb, *window, grads)
+    rpb_grad = native.na2d_backward(grad_output, query, key, value, rpb, *window, grads)
     return output, *grads, rpb_grad
 
 
@@ -109,8 +110,8 @@ def test_any_strides_give_the_same_bits(dtype):
 @pytest.fixture
 def registered():
     """The kernel where PyTorch finds it."""
-    cpu.available()  # loads the library, which registers the kernel
-    if not all(cpu._torch_functions(cpu._REGISTRATION)):
+    native.available()  # loads the library, which registers the kernel
+    if not all(native._torch_functions(native._REGISTRATION)):
         pytest.skip("this torch has no C shim to register kernels through")
 
 
@@ -122,23 +123,23 @@ def test_without_gradients_the_operator_reaches_the_kernel_directly(dtype, monke
         dense = torch.randn(batch, height, width, 3, num_heads, head_dim).to(dtype)
         apart = torch.randn(3, num_heads, batch, width, height, 2 * head_dim).to(dtype)[..., :head_dim]
         for qkv in (dense, apart.permute(2, 4, 3, 0, 1, 5), dense[:0]):
-            expected = cpu.na2d(*qkv.unbind(3), rpb, kernel_size, dilation, head_dim**-0.5)
+            expected = native.na2d(*qkv.unbind(3), rpb, kernel_size, dilation, head_dim**-0.5)
             with monkeypatch.context() as patch, torch.inference_mode():
-                patch.setattr(cpu, "na2d", None)
-                output = na2d_packed(qkv, kernel_size=kernel_size, dilation=dilation, rpb=rpb)
+                patch.setattr(native, "na2d", None)
+                output = na2d_qkvpacked(qkv, kernel_size=kernel_size, dilation=dilation, rpb=rpb)
             assert torch.equal(output, expected)
             assert output.is_contiguous()
 
 
 def test_the_first_call_of_a_process_and_those_after_it_give_the_same_bits():
     code = (
-        "import torch; from nat_models.ops import na2d_packed; from torch._C import _dispatch_dump as dump\n"
+        "import torch; from nat_models.ops import na2d_qkvpacked; from torch._C import _dispatch_dump as dump\n"
         "torch.set_grad_enabled(False); qkv, rpb = torch.randn(1, 9, 11, 3, 2, 8), torch.randn(2, 5, 5)\n"
-        "results = [na2d_packed(qkv, kernel_size=3, rpb=rpb) for _ in range(2)]; print(torch.equal(*results))\n"
-        "print('CPU: registered at operator.cpp' in dump('nat_models::na2d_packed_inference'))"
+        "results = [na2d_qkvpacked(qkv, kernel_size=3, rpb=rpb) for _ in range(2)]; print(torch.equal(*results))\n"
+        "print('CPU: registered at operator.cpp' in dump('nat_models::na2d_qkvpacked_inference'))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["True", str(all(cpu._torch_functions(cpu._REGISTRATION)))]
+    assert run.stdout.split() == ["True", str(all(native._torch_functions(native._REGISTRATION)))]
 
 
 @pytest.mark.usefixtures("registered")
@@ -161,9 +162,9 @@ def test_the_first_call_of_a_process_and_those_after_it_give_the_same_bits():
 def test_the_kernel_called_directly_refuses_what_it_cannot_read(change):
     arguments = dict(qkv=torch.zeros(1, 9, 11, 3, 2, 8), rpb=torch.zeros(2, 5, 5), scale=1.0)
     arguments |= dict(kernel_height=3, kernel_width=3, dilation_height=1, dilation_width=1)
-    torch.ops.nat_models.na2d_packed_inference(**arguments)
-    with pytest.raises(RuntimeError, match="na2d_packed_inference: "):
-        torch.ops.nat_models.na2d_packed_inference(**arguments | change)
+    torch.ops.nat_models.na2d_qkvpacked_inference(**arguments)
+    with pytest.raises(RuntimeError, match="na2d_qkvpacked_inference: "):
+        torch.ops.nat_models.na2d_qkvpacked_inference(**arguments | change)
 
 
 @pytest.mark.parametrize(("shape", "kernel_size", "dilation"), GRID[::4])
@@ -207,7 +208,7 @@ class _Attends(torch.utils.data.Dataset):
     def __getitem__(self, index):
         generator = torch.Generator().manual_seed(index)
         query = torch.randn(1, 16, 17, 1, 8, generator=generator)
-        return cpu.na2d(query, query, query, None, (7, 7), (1, 1), 1.0)[0]
+        return native.na2d(query, query, query, None, (7, 7), (1, 1), 1.0)[0]
 
 
 def test_forked_loader_workers_may_use_the_kernel():
@@ -230,7 +231,7 @@ _GRID_TESTS = [
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_every_instruction_set_passes_the_grid(isa):
     environment = {**os.environ, "NAT_MODELS_CPU_ISA": isa}
-    code = "from nat_models.ops import cpu; print(cpu.available())"
+    code = "from nat_models.ops.backends import native; print(native.available())"
     probe = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     if "beyond this CPU" in probe.stdout or "unknown to this build" in probe.stdout:
         pytest.skip(probe.stdout)
@@ -257,9 +258,9 @@ def test_sanitizers_find_nothing_in_the_grid(isa, sanitized):
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
     code = (
-        "import sys, pathlib, pytest, nat_models.ops.cpu as cpu\n"
-        "cpu._find = lambda: pathlib.Path(sys.argv[1])\n"
-        "print(cpu.available())\n"
+        "import sys, pathlib, pytest, nat_models.ops.backends.native as native\n"
+        "native._find = lambda: pathlib.Path(sys.argv[1])\n"
+        "print(native.available())\n"
         "sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', *sys.argv[2:]]))"
     )
     run = subprocess.run(
@@ -278,7 +279,7 @@ def sanitized(tmp_path_factory):
     if missing:
         pytest.skip(f"cannot build the kernel: no {' and no '.join(missing)}")
     build = tmp_path_factory.mktemp("sanitized")
-    source = Path(__file__).parents[1] / "nat_models" / "ops" / "csrc"
+    source = Path(__file__).parents[2] / "nat_models" / "ops" / "csrc"
     for command in (["-S", source, "-B", build, "-DNAT_SANITIZE=ON"], ["--build", build]):
         subprocess.run(["cmake", *map(str, command)], check=True, capture_output=True, text=True)
     find = [f"-print-file-name=lib{name}.so" for name in ("asan", "ubsan")]
@@ -289,7 +290,7 @@ def sanitized(tmp_path_factory):
 def test_an_unknown_instruction_set_is_refused_with_its_name():
     environment = {**os.environ, "NAT_MODELS_CPU_ISA": "mmx"}
     run = subprocess.run(
-        [sys.executable, "-m", "nat_models"], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "nat_models", "info"], env=environment, capture_output=True, text=True, check=True
     )
     assert "na2d runs on blocked" in run.stdout
     assert "NAT_MODELS_CPU_ISA='mmx' is unknown to this build" in run.stdout

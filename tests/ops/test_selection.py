@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import subprocess
 import sys
 import types
 
@@ -9,19 +10,19 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import nat_models.ops
-from nat_models.ops import BACKENDS, explain, flex, na2d, natten, use_backend
+from nat_models.ops import BACKENDS, explain, functional, na2d, use_backend
+from nat_models.ops.backends import flex, native, natten_fused
 
 
 @pytest.fixture
 def gpus(monkeypatch):
     """A machine with every accelerator, and with all that natten and flex need there."""
-    why_no_triton, why_no_natten = flex._why_no_triton, natten._why_no_natten
+    why_no_triton, why_no_natten = flex._why_no_triton, natten_fused._why_no_natten
     monkeypatch.setattr(
         flex, "_why_no_triton", lambda device: None if device.type in ("cuda", "xpu") else why_no_triton(device)
     )
     monkeypatch.setattr(
-        natten,
+        natten_fused,
         "_why_no_natten",
         lambda device, compiling: None if device == "cuda" else why_no_natten(device, compiling),
     )
@@ -33,8 +34,8 @@ CHOICES = [
     (dict(device="cuda", compiling=True, requires_grad=True), "flex"),
     (dict(device="cuda:1", dtype=torch.bfloat16), "flex"),
     (dict(device="cuda", dtype=torch.float64), "blocked"),
-    (dict(device="cuda", rpb=False), "natten"),
-    (dict(device="cuda", rpb=False, dtype=torch.float16, requires_grad=True, compiling=True), "natten"),
+    (dict(device="cuda", rpb=False), "natten_fused"),
+    (dict(device="cuda", rpb=False, dtype=torch.float16, requires_grad=True, compiling=True), "natten_fused"),
     (dict(device="cuda", rpb=False, dtype=torch.float64), "blocked"),
     (dict(device="cuda", rpb=False, head_dim=20), "flex"),
     (dict(device="cuda", rpb=False, scale=0.0), "flex"),
@@ -54,7 +55,7 @@ def test_an_accelerator_runs_natten_without_rpb_flex_with_it_and_blocked_otherwi
 
 def test_a_cpu_never_chooses_what_a_gpu_does():
     for rpb in (True, False):
-        assert "the first that can of native, blocked." in explain("cpu", rpb=rpb)
+        assert "the first that can of native, blocked, exportable." in explain("cpu", rpb=rpb)
 
 
 def test_deterministic_algorithms_leave_flex_out_of_training_with_rpb(gpus):
@@ -71,7 +72,7 @@ def test_deterministic_algorithms_leave_flex_out_of_training_with_rpb(gpus):
 def fake(monkeypatch):
     """Makes tensors without data on any device, which na2d takes for real ones."""
     # As what they are they would go to the operator, which knows their shapes; nothing runs.
-    monkeypatch.setattr(nat_models.ops, "FakeTensor", type(None))
+    monkeypatch.setattr(functional, "FakeTensor", type(None))
 
     def make(device, dtype=torch.float32, rpb=True, requires_grad=False, head_dim=32, scale=None):
         with FakeTensorMode():
@@ -87,7 +88,7 @@ def fake(monkeypatch):
 )
 def test_tensors_run_on_what_is_explained(kind, chosen, gpus, fake, monkeypatch):
     ran = []
-    for module in (natten, flex):
+    for module in (natten_fused, flex):
         name = module.__name__.split(".")[-1]
         monkeypatch.setattr(module, "na2d", lambda query, *args, name=name: ran.append(name) or query)
     tensors, window = fake(**kind)
@@ -98,17 +99,17 @@ def test_tensors_run_on_what_is_explained(kind, chosen, gpus, fake, monkeypatch)
 # The backend asked for, the call, the reason why it cannot run
 REFUSALS = [
     ("native", dict(device="cuda"), "it runs on the CPU, not on cuda"),
-    ("natten", dict(device="cuda"), "NATTEN has no relative position bias"),
-    ("natten", dict(device="mps", rpb=False), "NATTEN runs on CUDA and the CPU, not on mps"),
+    ("natten_fused", dict(device="cuda"), "NATTEN has no relative position bias"),
+    ("natten_fused", dict(device="mps", rpb=False), "NATTEN runs on CUDA and the CPU, not on mps"),
     (
-        "natten",
+        "natten_fused",
         dict(device="cuda", rpb=False, dtype=torch.float64),
         "float32, bfloat16 and float16, not in torch.float64",
     ),
-    ("natten", dict(device="cuda", rpb=False, head_dim=20), "head_dim divisible by 8, not 20"),
-    ("natten", dict(device="cuda", rpb=False, scale=0.0), "takes a scale of 0.0 for none given"),
-    ("natten", dict(device="cpu", rpb=False, requires_grad=True), "NATTEN has no backward on the CPU"),
-    ("natten", dict(device="cpu", rpb=False, head_dim=40), "a power of two from 32 to 512, not 40"),
+    ("natten_fused", dict(device="cuda", rpb=False, head_dim=20), "head_dim divisible by 8, not 20"),
+    ("natten_fused", dict(device="cuda", rpb=False, scale=0.0), "takes a scale of 0.0 for none given"),
+    ("natten_fused", dict(device="cpu", rpb=False, requires_grad=True), "NATTEN has no backward on the CPU"),
+    ("natten_fused", dict(device="cpu", rpb=False, head_dim=40), "a power of two from 32 to 512, not 40"),
     ("flex", dict(device="cpu", requires_grad=True), "flex_attention has no backward on the CPU"),
     ("flex", dict(device="cuda", dtype=torch.float64), "do not compute in torch.float64"),
     ("flex", dict(device="mps"), "Triton's, which does not run on mps"),
@@ -117,7 +118,7 @@ REFUSALS = [
 
 @pytest.mark.parametrize(("name", "kind", "reason"), REFUSALS)
 def test_a_backend_asked_for_that_cannot_run_says_why(name, kind, reason, gpus, fake, monkeypatch):
-    monkeypatch.setattr(natten, "_why_no_natten", lambda device, compiling: None)
+    monkeypatch.setattr(natten_fused, "_why_no_natten", lambda device, compiling: None)
     tensors, window = fake(**kind)
     with use_backend(name):
         with pytest.raises(RuntimeError, match=f"The backend '{name}' was asked for and cannot run: .*{reason}"):
@@ -140,7 +141,7 @@ def test_a_refusal_reads_the_same_under_torch_compile(monkeypatch):
         torch.compile(na2d, fullgraph=True, backend="eager")(query, query, query, kernel_size=3)
 
 
-@pytest.mark.parametrize("name", ["natten", "flex", "reference"])
+@pytest.mark.parametrize("name", ["natten_fused", "flex", "reference"])
 def test_the_operator_itself_refuses_what_it_has_no_kernel_for(name):
     query = torch.zeros(1, 9, 12, 2, 32)
     with use_backend(name), pytest.raises(RuntimeError, match=f"'{name}'.*native and blocked kernels"):
@@ -160,7 +161,7 @@ def natten_package(monkeypatch):
     """Sets what is found of the package natten."""
 
     def find(version=None, importable=True, libnatten=True):
-        natten._why_no_natten.cache_clear()
+        natten_fused._why_no_natten.cache_clear()
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: version and object())
         monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -169,7 +170,7 @@ def natten_package(monkeypatch):
         monkeypatch.setitem(sys.modules, "natten", package)
 
     yield find
-    natten._why_no_natten.cache_clear()
+    natten_fused._why_no_natten.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -187,15 +188,18 @@ def test_natten_is_refused_where_the_package_is_missing_old_or_without_kernels(
 ):
     natten_package(**package)
     tensors, window = fake(device, rpb=False)
-    with use_backend("natten"), pytest.raises(RuntimeError, match=f"'natten' was asked for and cannot run: {reason}"):
+    with (
+        use_backend("natten_fused"),
+        pytest.raises(RuntimeError, match=f"'natten_fused' was asked for and cannot run: {reason}"),
+    ):
         na2d(*tensors, **window)
 
 
 @pytest.mark.parametrize(("version", "runs"), [("0.20.1", False), ("0.21.5", True), ("0.22.0", True)])
 def test_natten_is_compiled_from_the_version_that_torch_compile_can_trace(version, runs, natten_package):
     natten_package(version=version)
-    assert ("na2d runs on natten" in explain("cuda", rpb=False, compiling=True)) is runs
-    assert "na2d runs on natten" in explain("cuda", rpb=False)
+    assert ("na2d runs on natten_fused" in explain("cuda", rpb=False, compiling=True)) is runs
+    assert "na2d runs on natten_fused" in explain("cuda", rpb=False)
 
 
 @pytest.mark.parametrize(
@@ -232,3 +236,44 @@ def test_cuda_autocast_computes_in_its_dtype_and_leaves_rpb_and_float64_alone(dt
 
 def test_a_report_names_every_backend():
     assert all(f" {name} " in explain() for name in BACKENDS)
+
+
+def test_a_kernel_that_was_not_built_is_refused_with_the_reason(monkeypatch):
+    query = torch.zeros(1, 9, 12, 2, 8)
+    with use_backend("native"):
+        monkeypatch.setattr(native, "available", lambda: (False, "nat_cpu.so was not built"))
+        with pytest.raises(RuntimeError, match=r"'native' was asked for and cannot run: nat_cpu\.so was not built"):
+            na2d(query, query, query, kernel_size=3)
+        assert "cannot run: nat_cpu.so was not built" in explain()
+
+
+def test_without_a_kernel_blocked_runs(monkeypatch):
+    monkeypatch.setattr(native, "available", lambda: (False, "nat_cpu.so was not built"))
+    monkeypatch.setattr(native, "na2d", None)
+    query = torch.zeros(1, 9, 12, 2, 8)
+    assert na2d(query, query, query, kernel_size=3).shape == query.shape
+    assert "na2d runs on blocked, chosen automatically" in explain()
+
+
+def test_an_unknown_backend_is_an_error():
+    with (
+        pytest.raises(
+            ValueError,
+            match="'fast', does not exist; known are native, natten_fused, flex, blocked, exportable, reference",
+        ),
+        use_backend("fast"),
+    ):
+        pass
+
+
+def test_use_backend_is_undone():
+    before = explain()
+    with use_backend("reference"):
+        assert "na2d runs on reference, asked for" in explain()
+    assert explain() == before
+
+
+def test_module_report_follows_the_environment(monkeypatch):
+    monkeypatch.setenv("NAT_MODELS_BACKEND", "reference")
+    run = subprocess.run([sys.executable, "-m", "nat_models", "info"], capture_output=True, text=True, check=True)
+    assert "na2d runs on reference, asked for by NAT_MODELS_BACKEND" in run.stdout

@@ -1,4 +1,4 @@
-"""NATTEN's fused kernels, for calls without rpb: NATTEN dropped it with the rewrite of 0.20."""
+"""NATTEN's fused kernels, for calls without rpb: NATTEN dropped the bias in its rewrite, version 0.20."""
 
 import functools
 import importlib.metadata
@@ -7,29 +7,35 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from .call import Call
+from ..request import Request
+
+SUMMARY = "NATTEN's fused kernels, without rpb; CUDA"
 
 
-def why_not(call: Call) -> str | None:
+def why_not(request: Request) -> str | None:
     """Why NATTEN cannot run a kind of call; None if it can."""
-    device = call.device.type
-    if call.rpb:
+    device = request.device.type
+    if request.rpb:
         return "NATTEN has no relative position bias"
-    if call.scale == 0.0:
+    if request.dropout:
+        return "NATTEN drops no attention weights"
+    if request.scale == 0.0:
         return "NATTEN takes a scale of 0.0 for none given"
     if device not in ("cpu", "cuda"):
         return f"NATTEN runs on CUDA and the CPU, not on {device}"
-    if why := _why_not_installed(device, call.compiling):
+    if why := _why_not_installed(device, request.compiling):
         return why
-    if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"NATTEN computes in float32, bfloat16 and float16, not in {call.dtype}"
+    if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"NATTEN computes in float32, bfloat16 and float16, not in {request.dtype}"
     if device == "cuda":
-        return f"NATTEN's kernels take a head_dim divisible by 8, not {call.head_dim}" if call.head_dim % 8 else None
+        return (
+            f"NATTEN's kernels take a head_dim divisible by 8, not {request.head_dim}" if request.head_dim % 8 else None
+        )
     # On a CPU, NATTEN calls flex_attention, uncompiled.
-    if call.requires_grad:
+    if request.requires_grad:
         return "NATTEN has no backward on the CPU"
-    if call.head_dim not in (32, 64, 128, 256, 512):  # NATTEN 0.20; later versions take 8 and 16 too
-        return f"on the CPU NATTEN takes a head_dim that is a power of two from 32 to 512, not {call.head_dim}"
+    if request.head_dim not in (32, 64, 128, 256, 512):  # NATTEN 0.20; later versions take 8 and 16 too
+        return f"on the CPU NATTEN takes a head_dim that is a power of two from 32 to 512, not {request.head_dim}"
     return None
 
 

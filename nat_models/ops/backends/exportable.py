@@ -1,8 +1,8 @@
 """na2d for graphs that leave Python: tensor operations alone, in which batch, height and width may be symbols.
 
 `blocked` decides in Python what a map of one size needs. An exported graph serves every size, so here the same tiles
-and halos are laid out by arithmetic on tensors, and nothing is branched on or kept. Where sizes are numbers, exporters
-fold all of it into constants.
+and halos are laid out by arithmetic on tensors: no Python branch depends on a size and nothing is cached. Where sizes
+are numbers, exporters fold all of it into constants.
 """
 
 from typing import NamedTuple
@@ -11,9 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .window import group_length, window_start
+from ..request import Request
+from ..window import group_length, window_start
+
+SUMMARY = "blocked in operations that know no size; what torch.export writes down"
 
 _TILE = 7
+
+
+def why_not(request: Request) -> None:
+    """It runs every kind of call."""
 
 
 class _Axis(NamedTuple):
@@ -53,8 +60,8 @@ def _axis(length: int, kernel_size: int, dilation: int, device: torch.device) ->
 def _mask(rpb: Tensor, rows: _Axis, cols: _Axis) -> Tensor:
     """[num_heads, 2*K_h-1, 2*K_w-1] -> [R * C, num_heads, t * u, h * w]."""
     t, h, u, w = *rows.offsets.shape[1:], *cols.offsets.shape[1:]
-    # Behind the table, pairs outside the window find a row and a column of -inf. First its columns for every
-    # (C, u, w); then, as whole runs of w, those of every (R, C, num_heads, t, u, h).
+    # The table gets one extra row and column of -inf; pairs outside the window index those. First its columns are
+    # taken for every (C, u, w); then, as whole runs of w, those of every (R, C, num_heads, t, u, h).
     table = F.pad(rpb, (0, 1, 0, 1), value=float("-inf"))
     num_heads, height, _ = table.shape
     runs = table.index_select(2, cols.offsets.flatten()).view(-1, w)  # [(num_heads, table row, C, u), w]

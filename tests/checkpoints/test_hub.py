@@ -65,7 +65,7 @@ def _run(hub: Hub | None, cache, code: str, **environment: str) -> subprocess.Co
 
 def _error(run: subprocess.CompletedProcess) -> str:
     assert run.returncode != 0, run.stdout
-    last = run.stderr.strip().split("nat_models.checkpoints.CheckpointError: ")
+    last = run.stderr.strip().split("nat_models.errors.CheckpointError: ")
     assert len(last) == 2, f"not one CheckpointError: {run.stderr}"
     return last[1]
 

@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from .call import Call
-from .window import group_length, window_start
+from ..request import Request
+from ..window import group_length, window_start
+
+SUMMARY = "flex_attention with rpb as its score_mod, compiled; CUDA and XPU"
 
 _BLOCK = 128  # tokens; flex_attention's default, which the block sizes of all its kernels divide
 _TILES = [2**i for i in range(_BLOCK.bit_length())]  # heights of a tile of _BLOCK tokens
@@ -28,19 +30,21 @@ _MIN_HEAD_DIM = 16  # of flex_attention's GPU kernels
 _RECOMPILE_LIMIT = 256
 
 
-def why_not(call: Call) -> str | None:
+def why_not(request: Request) -> str | None:
     """Why flex_attention cannot run a kind of call; None if it can."""
-    if call.device.type == "cpu":
-        if call.requires_grad:
+    if request.dropout:
+        return "it drops no attention weights"
+    if request.device.type == "cpu":
+        if request.requires_grad:
             return "flex_attention has no backward on the CPU"
-        if call.compiling and call.dtype == torch.float64:
+        if request.compiling and request.dtype == torch.float64:
             return "compiled for the CPU, flex_attention does not compute in torch.float64"
         return None
-    if call.dtype == torch.float64:
+    if request.dtype == torch.float64:
         return "flex_attention's kernels do not compute in torch.float64"
-    if call.rpb and call.requires_grad and torch.are_deterministic_algorithms_enabled():
+    if request.rpb and request.requires_grad and torch.are_deterministic_algorithms_enabled():
         return "it sums the gradient of rpb in any order, and torch.use_deterministic_algorithms is on"
-    return _why_no_kernel(call.device)
+    return _why_no_kernel(request.device)
 
 
 @torch.compiler.assume_constant_result
@@ -103,7 +107,8 @@ class _Plan(NamedTuple):
 def _plan_of(
     size: tuple[int, int], kernel_size: tuple[int, int], dilation: tuple[int, int], device: torch.device
 ) -> _Plan:
-    with unset_fake_temporarily(), torch.inference_mode(False):  # what is cached serves everybody
+    # Cached plans must be real tensors, usable with and without gradients.
+    with unset_fake_temporarily(), torch.inference_mode(False):
         tiles = [(t, _BLOCK // t) for t in _TILES]
         axes = [[_axis(*axis) for axis in zip(size, kernel_size, dilation, tile, strict=True)] for tile in tiles]
         # The shape that leaves the fewest blocks to compute. On a narrow map that is a wide one: a window spans most of
@@ -135,7 +140,7 @@ def _tile(size: tuple[int, int], kernel_size: tuple[int, int], dilation: tuple[i
 def _plan_tensors(
     size: Sequence[int], kernel_size: Sequence[int], dilation: Sequence[int], device: torch.device
 ) -> list[Tensor]:
-    # Copies: to compiled code the result of an operator is memory to use again.
+    # Compiled code may reuse an operator's output buffer, so hand out copies.
     return [x.clone() for x in _plan_of(tuple(size), tuple(kernel_size), tuple(dilation), device)[1:]]
 
 

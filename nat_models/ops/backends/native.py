@@ -1,4 +1,4 @@
-"""The native CPU kernel: found, loaded at first use and called through its C ABI (csrc/na2d.h)."""
+"""The C++ kernel: found, loaded at first use and called through its C ABI (ops/csrc)."""
 
 import ctypes
 import functools
@@ -10,6 +10,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ..request import Request
+
+SUMMARY = "the C++ kernel, forward and backward; CPU"
 
 _LIBRARY = "nat_cpu.so"
 _ISA_VARIABLE = "NAT_MODELS_CPU_ISA"  # baseline, avx2 or avx512; unset: the best this CPU has
@@ -52,7 +56,8 @@ _REGISTRATION = (  # nat_torch of csrc/na2d.h
 
 def _find() -> Path:
     # An editable install leaves the sources where they are and puts what it built among the installed packages.
-    folders = [Path(__file__).parent, Path(sysconfig.get_path("platlib"), *__package__.split("."))]
+    package = __package__.split(".")[:-1]
+    folders = [Path(__file__).parents[1], Path(sysconfig.get_path("platlib"), *package)]
     for folder in folders:
         if (folder / _LIBRARY).exists():
             return folder / _LIBRARY
@@ -93,6 +98,21 @@ def _torch_functions(names: tuple[str, ...]) -> tuple[int | None, ...]:
             functions = [getattr(ctypes.CDLL(str(path)), name, None) for name in names]
             return tuple(function and ctypes.cast(function, ctypes.c_void_p).value for function in functions)
     return (None,) * len(names)
+
+
+def why_not(request: Request) -> str | None:
+    """Why the kernel cannot run a kind of call; None if it can."""
+    if request.device.type != "cpu":
+        return f"it runs on the CPU, not on {request.device.type}"
+    if request.dropout:
+        return "it drops no attention weights"
+    return _why_not_available()
+
+
+@torch.compiler.assume_constant_result
+def _why_not_available() -> str | None:
+    found, reason = available()
+    return None if found else reason
 
 
 @functools.cache

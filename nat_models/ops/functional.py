@@ -1,0 +1,178 @@
+"""What users call: na2d, 2-D neighborhood attention, and its form for a packed qkv."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+from .backends import BACKENDS, KERNELS, autocast_enabled, autocast_off, native
+from .request import Request
+from .selection import select
+from .window import window_pair
+
+_Window = tuple[tuple[int, int], tuple[int, int], float]  # kernel_size, dilation, scale
+
+
+def na2d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    kernel_size: int | Sequence[int],
+    dilation: int | Sequence[int] = 1,
+    rpb: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """2-D neighborhood attention: every token attends to its K_h x K_w nearest tokens.
+
+    At a border the window is shifted inward, never cut, so each query has exactly K_h * K_w keys. Under autocast,
+    query, key and value are cast to its dtype and rpb is not: the bias is added to logits kept in float32 or wider.
+
+    Args:
+        query: [B, H, W, num_heads, head_dim]; may be a view into a packed qkv.
+        key: Shape, dtype and device of query.
+        value: Shape, dtype and device of query.
+        kernel_size: Odd, at least 3; an int serves both axes.
+        dilation: At least 1; kernel_size * dilation must fit in (H, W). Nothing is padded here.
+        rpb: [num_heads, 2*K_h-1, 2*K_w-1], added to the scaled logits; its centre is offset (0, 0). query's dtype or
+            float32.
+        scale: Multiplies the logits; None means head_dim ** -0.5, and 0.0 is honoured.
+        dropout_p: Probability of dropping an attention weight, in training and evaluation alike, as in
+            scaled_dot_product_attention. Above 0 the call runs in plain PyTorch operations.
+
+    Returns:
+        [B, H, W, num_heads, head_dim], contiguous, query's dtype.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices differ; kernel_size even; window larger than the map; dropout_p outside
+            [0, 1].
+        RuntimeError: The backend that was asked for cannot run here; the message says why.
+
+    Source: Hassani et al., CVPR 2023, arXiv:2204.07143, section 3; dilation arXiv:2209.15001.
+    """
+    query, key, value = map(_autocast, (query, key, value))
+    if query.ndim != 5:
+        raise ValueError(f"query must be [B, H, W, num_heads, head_dim], got shape {tuple(query.shape)}.")
+    for name, x in (("key", key), ("value", value)):
+        if (x.shape, x.dtype, x.device) != (query.shape, query.dtype, query.device):
+            raise ValueError(
+                f"{name} must match query in shape, dtype and device, got {name} {tuple(x.shape)} {x.dtype} "
+                f"on {x.device} and query {tuple(query.shape)} {query.dtype} on {query.device}."
+            )
+    window = _checked_window("query", query, rpb, kernel_size, dilation, scale)
+    _check_dropout(dropout_p)
+    requires_grad = torch.is_grad_enabled() and (
+        query.requires_grad or key.requires_grad or value.requires_grad or (rpb is not None and rpb.requires_grad)
+    )
+    backend = select(_request(query, rpb, window, requires_grad, dropout_p))
+    if dropout_p > 0.0 or backend not in KERNELS:
+        return _call(backend, query, key, value, rpb, window, dropout_p)
+    return torch.ops.nat_models.na2d.default(query, key, value, rpb, *window)
+
+
+def na2d_qkvpacked(
+    qkv: Tensor,
+    *,
+    kernel_size: int | Sequence[int],
+    dilation: int | Sequence[int] = 1,
+    rpb: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """`na2d` of the query, key and value in one tensor, [B, H, W, 3, num_heads, head_dim], as a projection makes it.
+
+    The same result; its gradient is packed too, where that of three views would be three tensors and a copy.
+    """
+    qkv = _autocast(qkv)
+    if qkv.ndim != 6 or qkv.shape[3] != 3:
+        raise ValueError(f"qkv must be [B, H, W, 3, num_heads, head_dim], got shape {tuple(qkv.shape)}.")
+    window = _checked_window("qkv", qkv, rpb, kernel_size, dilation, scale)
+    _check_dropout(dropout_p)
+    requires_grad = torch.is_grad_enabled() and (qkv.requires_grad or (rpb is not None and rpb.requires_grad))
+    backend = select(_request(qkv, rpb, window, requires_grad, dropout_p))
+    if dropout_p > 0.0 or backend not in KERNELS:
+        return _call(backend, *qkv.unbind(3), rpb, window, dropout_p)
+    if backend == "native" and not requires_grad and rpb is not None and qkv.stride(-1) == 1 and not _jit_tracing():
+        kernel_size, dilation, scale = window
+        return torch.ops.nat_models.na2d_qkvpacked_inference.default(
+            qkv, native.as_rpb(rpb, qkv.dtype), *kernel_size, *dilation, scale
+        )
+    return torch.ops.nat_models.na2d_qkvpacked.default(qkv, rpb, *window)
+
+
+def _jit_tracing() -> bool:
+    """Whether torch.jit.trace looks on: it traces with gradients and checks what it traced without."""
+    return not torch.compiler.is_compiling() and torch.jit.is_tracing()
+
+
+def _request(x: Tensor, rpb: Tensor | None, window: _Window, requires_grad: bool, dropout_p: float) -> Request:
+    """The kind of a call with query or a packed qkv `x`."""
+    compiling = torch.compiler.is_compiling()
+    exporting = compiling and torch.compiler.is_exporting()
+    return Request(
+        x.device,
+        x.dtype,
+        x.shape[-1],
+        window[-1],
+        rpb=rpb is not None,
+        requires_grad=requires_grad,
+        dropout=dropout_p > 0.0,
+        compiling=compiling,
+        exporting=exporting,
+        # Tracers and dispatch modes must see one operator (FLOP counters, torch.jit.trace); explain() documents this.
+        observed=not compiling and (torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0),
+        # Comparing a symbolic size would bake the answer into the exported graph.
+        empty=not exporting
+        and (x.device.type == "meta" or x.numel() == 0 or (not compiling and isinstance(x, FakeTensor))),
+    )
+
+
+def _call(
+    backend: str, query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, window: _Window, dropout_p: float
+) -> Tensor:
+    """Runs a backend in place of the operator."""
+    with autocast_off(query):
+        if dropout_p > 0.0:
+            return BACKENDS[backend].na2d(query, key, value, rpb, *window, dropout_p=dropout_p)
+        return BACKENDS[backend].na2d(query, key, value, rpb, *window)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    if not autocast_enabled(x) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
+
+def _check_dropout(dropout_p: float) -> None:
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p=}.")
+
+
+def _checked_window(
+    name: str,
+    x: Tensor,
+    rpb: Tensor | None,
+    kernel_size: int | Sequence[int],
+    dilation: int | Sequence[int],
+    scale: float | None,
+) -> _Window:
+    """Checks what query and a packed qkv have in common; returns kernel_size and dilation as pairs, and the scale."""
+    kernel_size, dilation = window_pair(kernel_size, dilation)
+    dtype, shape = x.dtype, x.shape
+    if not dtype.is_floating_point:
+        raise ValueError(f"{name} must be of a floating-point dtype, got {dtype}.")
+    if shape[1] < kernel_size[0] * dilation[0] or shape[2] < kernel_size[1] * dilation[1]:
+        raise ValueError(
+            f"kernel_size * dilation must fit in the map, got a map of {shape[1]} x {shape[2]} with "
+            f"{kernel_size=}, {dilation=}. NeighborhoodAttention2d pads smaller maps, na2d does not."
+        )
+    if rpb is not None:
+        expected = (shape[-2], 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1)
+        if rpb.shape != expected or rpb.device != x.device or rpb.dtype not in (dtype, torch.float32):
+            raise ValueError(
+                f"rpb must be [num_heads, 2*K_h-1, 2*K_w-1] = {expected}, {dtype} or torch.float32, on "
+                f"{x.device}, got {tuple(rpb.shape)} {rpb.dtype} on {rpb.device}."
+            )
+    return kernel_size, dilation, shape[-1] ** -0.5 if scale is None else scale

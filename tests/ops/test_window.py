@@ -1,0 +1,16 @@
+"""The window rule."""
+
+import pytest
+
+from nat_models.ops.window import window
+
+
+@pytest.mark.parametrize(("length", "kernel_size", "dilation"), [(7, 7, 1), (13, 5, 1), (29, 7, 4), (31, 3, 8)])
+def test_every_query_has_exactly_k_distinct_keys_of_its_group(length, kernel_size, dilation):
+    keys, offsets = window(length, kernel_size, dilation)
+    for query in range(length):
+        row = keys[query].tolist()
+        assert len(set(row)) == kernel_size
+        assert all(0 <= key < length and key % dilation == query % dilation for key in row)
+        assert query in row
+        assert offsets[query].tolist() == [(key - query) // dilation + kernel_size - 1 for key in row]
