@@ -19,6 +19,8 @@ from timm.layers import resize_rel_pos_bias_table_simple
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
+from .errors import CheckpointError
+
 LAYOUTS = ("nat_models", "original", "transformers")
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # timm's order: EMA weights win
 _LISTED_KEYS = 20
@@ -43,10 +45,6 @@ _PREFIXES = [
     ("norm", "nat.layernorm"),
     ("head", "classifier"),
 ]
-
-
-class CheckpointError(RuntimeError):
-    """Weights could not be found, read or fitted to the model; the message says what was found and expected."""
 
 
 def _rename(key: str, source: int) -> str | None:
