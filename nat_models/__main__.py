@@ -1,10 +1,8 @@
-"""`python -m nat_models` prints what na2d runs on here and why."""
+"""`python -m nat_models` is `nat-models`."""
 
-import torch
+import sys
 
-from .ops import explain
+from .cli import main
 
-print(explain())
-if torch.accelerator.is_available():
-    for rpb in (True, False):
-        print(explain(torch.accelerator.current_accelerator(), rpb=rpb))
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,9 +1,35 @@
-"""Errors that the caller can mend. Each is made of one message, so it crosses process borders whole."""
+"""Errors that a caller can mend: the command line prints them without a traceback. All of them can be pickled."""
+
+import difflib
+from collections.abc import Iterable
+
+# Optional packages, by the extra that brings them.
+_EXTRAS = {
+    **dict.fromkeys(("accelerate", "matplotlib", "rich", "yaml"), "train"),
+    **dict.fromkeys(("onnx", "onnx_ir", "onnxruntime", "onnxscript"), "export"),
+    "sklearn": "demo",
+    "natten": "natten",
+}
 
 
 class UserError(Exception):
-    """Something the caller can mend; commands print it as one line, without a traceback."""
+    """Something the caller can mend."""
 
 
 class CheckpointError(RuntimeError):
     """Weights could not be found, read or fitted to the model; the message says what was found and expected."""
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for a name that is not among `known`; says which ones are near, or else all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=3)
+    return UserError(f"Unknown {what} {name!r}, " + (f"near to {', '.join(close)}." if close else f"known: {known}."))
+
+
+def missing_extra(error: ModuleNotFoundError) -> UserError | None:
+    """The error for an optional package that is not installed; None where no extra brings the package."""
+    package = (error.name or "").partition(".")[0]
+    if package not in _EXTRAS:
+        return None
+    return UserError(f"The package {package} is not installed: pip install 'nat_models[{_EXTRAS[package]}]'")

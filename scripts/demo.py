@@ -2,8 +2,8 @@
 
     python scripts/demo.py
 
-Everything lands in demo/: digits/ (the images, a folder per class), run/ (what scripts/train.py writes with
-configs/digits.yaml) and predictions.png. An interrupted demo is resumed; a finished one is started over. Fails if fewer
+Everything lands in demo/: digits/ (the images, a folder per class), run/ (what `nat-models train --config digits`
+writes) and predictions.png. An interrupted demo is resumed; a finished one is started over. Fails if fewer
 than 95 % of the images that were held out are named correctly.
 """
 
@@ -17,10 +17,17 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_digits
 from timm.data import create_transform, resolve_model_data_config
-from train import Config, ImageFiles, UserError, console, find_data, parse_args, train
 
-ROOT = Path(__file__).resolve().parents[1]
-DEMO = ROOT / "demo"
+from nat_models.errors import CheckpointError, UserError
+from nat_models.resources import resource
+from nat_models.training.engine import train
+from nat_models.training.images import ImageFiles
+from nat_models.training.report import console
+from nat_models.training.settings import Settings, read_yaml
+from nat_models.training.splits import find_data
+from nat_models.training.tasks.classification import Classification
+
+DEMO = Path(__file__).resolve().parents[1] / "demo"
 REQUIRED = 95.0
 
 
@@ -40,9 +47,9 @@ def write_digits(folder: Path) -> None:
     temporary.rename(folder)
 
 
-def draw_predictions(config: Config, best: Path, path: Path, count: int = 12) -> None:
+def draw_predictions(settings: Settings, best: Path, path: Path, count: int = 12) -> None:
     """A picture of `count` held-out digits, spread over the classes, with what the best checkpoint takes them for."""
-    _, held_out, _ = find_data(config)
+    _, held_out, _ = find_data(settings)
     samples = [held_out[i * len(held_out) // count] for i in range(count)]
     model = timm.create_model(f"local-dir:{best}", pretrained=True).eval()
     data_config = resolve_model_data_config(model)
@@ -69,15 +76,15 @@ def main() -> int:
     DEMO.mkdir(exist_ok=True)
     write_digits(DEMO / "digits")
     run = DEMO / "run"
-    flags = ["--config", f"{ROOT / 'configs' / 'digits.yaml'}", "--data", f"{DEMO / 'digits'}", "--output", f"{run}"]
-    config, _ = parse_args([*flags, "--resume"])
-    rows = train(config, resume=True)
+    recipe = read_yaml(resource("configs", "digits.yaml"))
+    settings = Settings(**recipe, data=str(DEMO / "digits"), output=str(run))
+    rows = train(settings, Classification(settings), resume=True)
     # The last epoch's figure counts: the best one was chosen on these very images.
     top1 = rows[-1]["top1"]
     console.print(
         f"top-1 on held-out images: {top1:.2f} %, {len(rows)} epochs in {sum(row['seconds'] for row in rows):.0f} s"
     )
-    draw_predictions(config, run / "best", DEMO / "predictions.png")
+    draw_predictions(settings, run / "best", DEMO / "predictions.png")
     console.print(f"look at {DEMO / 'predictions.png'} and {run / 'curve.png'}")
     if top1 < REQUIRED:
         print(f"error: top-1 must reach {REQUIRED} %, got {top1:.2f} %.", file=sys.stderr)
@@ -88,5 +95,5 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except UserError as e:
+    except (UserError, CheckpointError) as e:
         sys.exit(f"error: {e}\nDelete {DEMO} to start over.")

@@ -1,4 +1,4 @@
-"""Promises of scripts/export.py, and of torch.compile for the networks."""
+"""Promises of `nat-models export`, and of torch.compile for the networks."""
 
 import json
 import subprocess
@@ -10,10 +10,8 @@ import timm
 import torch
 from timm.models import save_for_hf
 
-import nat_models  # noqa: F401
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-import export as script
+import nat_models.export as exporting
+from nat_models.cli import main
 
 NETWORKS = ["nat_mini", "nat_tiny", "nat_small", "nat_base"]
 SIZES = [(224, 224), (160, 288), (96, 96)]  # the last ends in maps of 6 and 3 under a window of 7
@@ -43,7 +41,7 @@ def saved(tmp_path, network):
 
 
 def _export(tmp_path: Path, *flags: str) -> int:
-    return script.main(["--model", f"local-dir:{tmp_path / 'model'}", *flags])
+    return main(["export", "--model", f"local-dir:{tmp_path / 'model'}", *flags])
 
 
 def _assert_close(run, model: torch.nn.Module, sizes=SIZES) -> None:
@@ -67,8 +65,8 @@ def test_one_onnx_file_is_the_network_at_every_batch_and_size(name, tmp_path, ne
     # Logits of size 1, for which a difference of 1e-4 says something.
     with torch.no_grad():
         model.head.fc.weight.div_(model(torch.randn(1, 3, 224, 224)).std())
-    script.write_onnx(model, torch.randn(2, 3, 224, 224), True, {"model": name}, path)
-    _assert_close(script.load_onnx(path).run, model)
+    exporting.write_onnx(model, torch.randn(2, 3, 224, 224), True, {"model": name}, path)
+    _assert_close(exporting.load_onnx(path).run, model)
     domains = {node.domain for node in onnx.load(path).graph.node}
     assert domains == {""}, "operators beyond plain ONNX"
 
@@ -105,7 +103,7 @@ def test_an_exported_file_runs_without_this_package(format, suffix, load, tmp_pa
 def test_metadata_says_what_the_model_is_and_how_to_feed_it(format, tmp_path, saved):
     if format == "onnx":
         pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    suffix, _, load = script.FORMATS[format]
+    suffix, _, load = exporting.FORMATS[format]
     path = tmp_path / f"model{suffix}"
     assert _export(tmp_path, "--format", format, "--output", str(path), "--img-size", "64") == 0
     metadata = load(path).metadata
@@ -123,7 +121,7 @@ def test_weights_of_low_precision_halve_the_file(format, dtype, tmp_path, saved)
         pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     sizes = {}
     for each in ("float32", dtype):
-        path = tmp_path / f"{each}{script.FORMATS[format][0]}"
+        path = tmp_path / f"{each}{exporting.FORMATS[format][0]}"
         assert _export(tmp_path, "--format", format, "--output", str(path), "--dtype", each, "--check") == 0
         sizes[each] = path.stat().st_size
     assert sizes[dtype] < 0.7 * sizes["float32"]
@@ -140,7 +138,7 @@ def test_weights_of_low_precision_halve_the_file(format, dtype, tmp_path, saved)
 )
 def test_bad_arguments_are_named(flags, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert script.main(["--no-pretrained", *flags]) == 2
+    assert main(["export", "--no-pretrained", *flags]) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 

@@ -1,7 +1,6 @@
-"""Promises of scripts/extract_features.py."""
+"""Promises of `nat-models features`."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +12,7 @@ from safetensors import safe_open
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
 
-import nat_models  # noqa: F401
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-import extract_features as script
+from nat_models.cli import main
 
 NAMES = ["a.png", "b/10.png", "b/2.png", "b/c/3.png", "b10.png", "z.png"]  # sorted as strings
 
@@ -44,7 +40,7 @@ def model(tmp_path) -> torch.nn.Module:
 def extract(images: Path, *flags: str) -> int:
     model, output = images.parent / "model", images.parent / "features.safetensors"
     common = ["--data", str(images), "--model", f"local-dir:{model}", "--output", str(output)]
-    return script.main([*common, "--batch-size", "4", "--num-workers", "0", *flags])
+    return main(["features", *common, "--batch-size", "4", "--num-workers", "0", *flags])
 
 
 def read(images: Path) -> tuple[torch.Tensor, dict]:

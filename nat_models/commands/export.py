@@ -1,0 +1,48 @@
+"""Exports a model to one file that runs without this package.
+
+    nat-models export --model nat_tiny --format onnx --output nat_tiny.onnx --dynamic-size --check
+
+onnx         plain ONNX operators, for onnxruntime and its like
+pt2          torch.export: torch.export.load("nat_tiny.pt2").module()
+aoti         compiled by AOTInductor for this machine: torch._inductor.aoti_load_package("nat_tiny.pt2")
+torchscript  a trace: torch.jit.load("nat_tiny.pt")
+
+The file maps "image", [B, C, H, W] in float32, to "logits", [B, num_classes] in float32, for any B. H and W are those
+of --img-size, or any from 32 px with --dynamic-size (TorchScript: always any; AOTInductor: never). Its metadata holds
+"model", "preprocessing" (JSON) and "label_names" (a JSON list, empty if unknown): metadata_props in ONNX, extra files
+in pt2 and TorchScript, get_metadata() of an AOTInductor package.
+"""
+
+import argparse
+from pathlib import Path
+
+from ..export import DTYPES, FORMATS, check_output, export
+from ..training.models import add_model_flags, model_from_flags
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add_model_flags(parser)
+    add("--num-classes", type=int, help="the model's by default")
+    add("--format", choices=FORMATS, default="onnx")
+    add("--output", type=Path, help="file to write; by default the model's name and the format's suffix")
+    add("--dynamic-size", action="store_true", help="take any height and width")
+    add("--dtype", choices=DTYPES, default="float32", help="of the weights; ONNX computes in float32")
+    add("--check", action="store_true", help="run the file beside the model and print the largest difference")
+
+
+def run(args: argparse.Namespace) -> None:
+    output = args.output
+    if output is None:
+        output = Path(f"{args.model.rpartition('/')[2]}{FORMATS[args.format][0]}")
+    check_output(output, args.format, args.dynamic_size)  # better known before weights are loaded
+    export(
+        model_from_flags(args, args.num_classes),
+        output,
+        format=args.format,
+        name=args.model,
+        img_size=args.img_size,
+        dynamic_size=args.dynamic_size,
+        dtype=args.dtype,
+        check=args.check,
+    )

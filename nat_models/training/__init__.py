@@ -1,0 +1,1 @@
+"""Training and what it shares with the other programs; imported by commands only, never by `import nat_models`."""

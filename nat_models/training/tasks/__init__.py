@@ -1,0 +1,1 @@
+"""What can be learnt; nat_models.training.task says what a task is."""

@@ -1,0 +1,73 @@
+"""Promises of the settings: recipes, flags and what is wrong with them."""
+
+import pytest
+
+from nat_models import cli
+from nat_models.errors import UserError
+from nat_models.resources import resource_folder
+from nat_models.training.models import make_model
+from nat_models.training.settings import Settings, from_flags
+
+
+def parse(*flags: str) -> tuple[Settings, bool]:
+    return from_flags(cli.parse(["train", *flags])[1])
+
+
+def test_flags_win_over_yaml_which_wins_over_defaults(tmp_path):
+    (tmp_path / "c.yaml").write_text("lr: 1e-3\nepochs: 7\nmodel_kwargs: {kernel_size: 3, mlp_ratio: 2}\n")
+    flags = [
+        "--epochs",
+        "9",
+        "--model-kwargs",
+        "kernel_size=5",
+        "--data",
+        "x",
+        "--no-pretrained",
+        "--clip-grad",
+        "none",
+    ]
+    cfg, resume = parse("--config", str(tmp_path / "c.yaml"), *flags)
+    assert (cfg.lr, cfg.epochs, cfg.weight_decay) == (1e-3, 9, Settings.weight_decay)
+    assert cfg.model_kwargs == dict(kernel_size=5, mlp_ratio=2)
+    assert (cfg.pretrained, cfg.clip_grad, resume) == (False, None, False)
+
+
+@pytest.mark.parametrize(
+    ("yaml_text", "flags", "message"),
+    [
+        ("epcohs: 3", [], r"Unknown key in .*c\.yaml: 'epcohs', near to epochs"),
+        ("", ["--epcohs", "3"], "Unknown argument '--epcohs', near to --epochs"),
+        ("", ["--epoch", "3"], "Unknown argument '--epoch', near to --epochs"),
+        ("lr: fast", [], "lr must be of type float, got 'fast'"),
+        ("epochs: 2.5", [], "epochs must be of type int, got 2.5"),
+        ("pretrained: 1", [], "pretrained must be of type bool, got 1"),
+        ("in_chans: 4", [], r"in_chans must be 1 \(grey\) or 3 \(RGB\), got 4"),
+        ("warmup_epochs: 30", [], "warmup_epochs must be below epochs, 30, got 30"),
+        ("", ["--mixup", "0.1", "--batch-size", "7"], "batch_size must be even"),
+        ("", ["--model-kwargs", "kernel_size"], "model_kwargs must be key=value, got 'kernel_size'"),
+    ],
+)
+def test_wrong_settings_are_errors_that_name_value_and_rule(tmp_path, yaml_text, flags, message):
+    (tmp_path / "c.yaml").write_text(yaml_text)
+    with pytest.raises(UserError, match=message):
+        parse("--data", "x", "--config", str(tmp_path / "c.yaml"), *flags)
+
+
+def test_resume_takes_the_settings_of_the_run(run):
+    resumed, resume = parse("--resume", "--output", str(run[0]))
+    assert resume
+    assert (resumed.mixup, resumed.epochs, resumed.model_kwargs["kernel_size"]) == (0.2, 3, 3)
+
+
+@pytest.mark.parametrize("path", sorted(resource_folder("configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_is_valid(path):
+    cfg, _ = parse("--config", path.stem, "--data", "x")
+    make_model(cfg.model, model_kwargs=cfg.model_kwargs, num_classes=2)
+    assert parse("--config", str(path), "--data", "x")[0] == cfg
+
+
+def test_an_unknown_recipe_is_an_error_that_lists_them_and_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"no recipe 'finetun'.*: digits, finetune, imagenet1k"):
+        parse("--config", "finetun", "--data", "x")
+    with pytest.raises(UserError, match=r"There is no config file .*finetune\.yaml"):
+        parse("--config", str(tmp_path / "finetune.yaml"), "--data", "x")
