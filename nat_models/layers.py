@@ -113,7 +113,10 @@ class NeighborhoodAttention2d(nn.Module):
 
 def _at_least(minimum: int, length: int | torch.SymInt | Tensor) -> int | torch.SymInt | Tensor:
     """max(minimum, length) without a branch: length is a symbol under torch.export, a tensor in torch.jit.trace."""
-    return length.clamp(min=minimum) if isinstance(length, Tensor) else torch.sym_max(minimum, length)
+    if isinstance(length, Tensor):
+        return length.clamp(min=minimum)
+    # Dynamo knows max of what it takes for an int; sym_max of two ints PyTorch 2.6 does not trace.
+    return max(minimum, length) if isinstance(length, int) else torch.sym_max(minimum, length)
 
 
 def _pad(qkv: Tensor, bias: Tensor | None, padded_height: int, padded_width: int) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..checkpoints import load_weights
 from ..layers import NeighborhoodAttention2d
+from ..ops.tracing import is_exporting
 
 __all__ = ["NAT"]
 
@@ -55,7 +56,7 @@ class ConvDownsampler(nn.Module):
         x = x.permute(0, 3, 1, 2)
         exporting = False
         if not torch.jit.is_scripting():
-            exporting = torch.compiler.is_exporting()
+            exporting = is_exporting()
         if exporting:  # torch.export guards on B == 1 for a channels-last map; a contiguous clone avoids that
             x = x.clone(memory_format=torch.contiguous_format)
         return self.norm(self.reduction(x).permute(0, 2, 3, 1))

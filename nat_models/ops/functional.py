@@ -9,6 +9,7 @@ from torch._subclasses import FakeTensor
 from .backends import BACKENDS, KERNELS, autocast_enabled, autocast_off, native
 from .request import Request
 from .selection import select
+from .tracing import is_exporting
 from .window import window_pair
 
 _Window = tuple[tuple[int, int], tuple[int, int], float]  # kernel_size, dilation, scale
@@ -110,7 +111,7 @@ def _jit_tracing() -> bool:
 def _request(x: Tensor, rpb: Tensor | None, window: _Window, requires_grad: bool, dropout_p: float) -> Request:
     """The kind of a call with query or a packed qkv `x`."""
     compiling = torch.compiler.is_compiling()
-    exporting = compiling and torch.compiler.is_exporting()
+    exporting = compiling and is_exporting()
     return Request(
         x.device,
         x.dtype,

@@ -25,8 +25,13 @@ BACKENDS: dict[str, ModuleType] = {
 KERNELS = ("native", "blocked")
 
 
+@torch.compiler.assume_constant_result  # PyTorch 2.9 and before trace no call of it
+def _autocast_available(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
 def autocast_enabled(x: Tensor) -> bool:
-    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    return _autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
 def autocast_off(x: Tensor) -> AbstractContextManager:

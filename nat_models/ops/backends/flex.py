@@ -9,7 +9,6 @@ bounded cache.
 import functools
 import importlib.util
 import operator
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -135,11 +134,13 @@ def _tile(size: tuple[int, int], kernel_size: tuple[int, int], dilation: tuple[i
 
 
 # A node of its own in a compiled graph: traced, what it does would run at each call, and torch.compile takes no more
-# than one tensor of a function as a constant.
-@torch.library.custom_op("nat_models::flex_plan", mutates_args=())
-def _plan_tensors(
-    size: Sequence[int], kernel_size: Sequence[int], dilation: Sequence[int], device: torch.device
-) -> list[Tensor]:
+# than one tensor of a function as a constant. PyTorch 2.6 infers no schema from collections.abc.Sequence and list.
+@torch.library.custom_op(
+    "nat_models::flex_plan",
+    mutates_args=(),
+    schema="(int[] size, int[] kernel_size, int[] dilation, Device device) -> Tensor[]",
+)
+def _plan_tensors(size, kernel_size, dilation, device) -> list[Tensor]:
     # Compiled code may reuse an operator's output buffer, so hand out copies.
     return [x.clone() for x in _plan_of(tuple(size), tuple(kernel_size), tuple(dilation), device)[1:]]
 
@@ -191,9 +192,13 @@ def na2d(
 
 
 def _attend_compiled(*args) -> Tensor:
-    config = torch._dynamo.config
-    with config.patch(recompile_limit=max(config.recompile_limit, _RECOMPILE_LIMIT)):
+    config, name = torch._dynamo.config, _recompile_limit_name()
+    with config.patch({name: max(getattr(config, name), _RECOMPILE_LIMIT)}):
         return _compiled()(*args)
+
+
+def _recompile_limit_name() -> str:
+    return "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"  # PyTorch 2.6
 
 
 @functools.cache
