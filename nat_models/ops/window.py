@@ -12,17 +12,22 @@ def window_pair(kernel_size: int | Sequence[int], dilation: int | Sequence[int])
     Raises:
         ValueError: Neither an int nor two ints; a kernel_size even or below 3; a dilation below 1.
     """
-    pairs = []
-    for name, value in (("kernel_size", kernel_size), ("dilation", dilation)):
-        pair = tuple(value) if isinstance(value, Sequence) else (value, value)
-        if len(pair) != 2 or not all(isinstance(x, int) for x in pair):
-            raise ValueError(f"{name} must be an int or two ints (height, width), got {name}={value!r}.")
-        pairs.append(pair)
-    if any(k < 3 or k % 2 == 0 for k in pairs[0]):
+    kernel, spacing = _pair("kernel_size", kernel_size), _pair("dilation", dilation)
+    if min(kernel) < 3 or kernel[0] % 2 == 0 or kernel[1] % 2 == 0:
         raise ValueError(f"kernel_size must be odd and at least 3, got {kernel_size=}.")
-    if any(d < 1 for d in pairs[1]):
+    if min(spacing) < 1:
         raise ValueError(f"dilation must be at least 1, got {dilation=}.")
-    return tuple(pairs)
+    return kernel, spacing
+
+
+def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    if isinstance(value, (tuple, list, Sequence)) and len(value) == 2:  # the first two are the usual, and faster to ask
+        height, width = value
+        if isinstance(height, int) and isinstance(width, int):
+            return height, width
+    raise ValueError(f"{name} must be an int or two ints (height, width), got {name}={value!r}.")
 
 
 def window_start(position: Tensor, length: Tensor | int, kernel_size: int) -> Tensor:

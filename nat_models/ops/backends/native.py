@@ -131,7 +131,10 @@ def _dense_last(x: Tensor) -> Tensor:
 
 def as_rpb(rpb: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The bias as the kernel reads it beside tensors of a dtype."""
-    return rpb if rpb is None else rpb.to(torch.float64 if dtype == torch.float64 else torch.float32).contiguous()
+    if rpb is None:
+        return None
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return rpb if rpb.dtype == wide and rpb.is_contiguous() else rpb.to(wide).contiguous()
 
 
 def _check(status: int) -> None:
