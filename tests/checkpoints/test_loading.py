@@ -1,30 +1,16 @@
 """Loading: three layouts, wrapped or not, with any head, window and channels; never a silent partial load."""
 
-import json
-
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 from timm.models import create_model, save_for_hf
 
-from nat_models.checkpoints import LAYOUTS, CheckpointError, convert_state_dict, detect_layout
-from tests.conftest import FIXTURES, original_state_dict
+from nat_models.checkpoints import LAYOUTS, CheckpointError, convert_state_dict, fit_state_dict
+from tests.checkpoints.conftest import SMALL, random_state_dict, small_network
+from tests.conftest import original_state_dict
 
-# With layer scale (small) and without (mini): the two kinds of block.
-VARIANTS = ["nat_mini", "nat_small"]
-SMALL = dict(embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), init_values=1e-5)
 IMAGE = torch.linspace(-2, 2, 3 * 64 * 64).sin().view(1, 3, 64, 64)
-
-
-def _small(**kwargs):
-    return create_model("nat_mini", **(SMALL | kwargs)).eval()
-
-
-def _random_state_dict(layout: str, **kwargs) -> dict[str, torch.Tensor]:
-    """A checkpoint of the small model in one of the layouts, every tensor random."""
-    state_dict = {k: torch.randn_like(v) for k, v in _small(**kwargs).state_dict().items()}
-    return convert_state_dict(state_dict, layout)
 
 
 def _load(state_dict, **kwargs):
@@ -42,36 +28,9 @@ def _loaded_part(model, state_dict, without=()):
     return all(torch.equal(loaded[k], v) for k, v in ours.items() if not k.startswith(without))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_keys_and_shapes_of_the_published_layouts(variant):
-    original = original_state_dict(variant)
-    transformers = convert_state_dict(original, "transformers")
-    published = json.loads((FIXTURES / "transformers_keys.json").read_text())[variant]
-    assert {k: list(v.shape) for k, v in transformers.items()} == published
-    ours = create_model(variant, device="meta").state_dict()
-    converted = convert_state_dict(transformers, "nat_models")
-    assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in ours.items()}
-
-
-@pytest.mark.parametrize("source", LAYOUTS)
-@pytest.mark.parametrize("target", LAYOUTS)
-def test_conversions_are_lossless_both_ways(source, target):
-    state_dict = _random_state_dict(source)
-    converted = convert_state_dict(state_dict, target)
-    assert detect_layout(state_dict) == source and detect_layout(converted) == target
-    back = convert_state_dict(converted, source)
-    assert back.keys() == state_dict.keys()
-    assert all(torch.equal(back[k], v) for k, v in state_dict.items())
-
-
-def test_an_unknown_layout_name_is_an_error():
-    with pytest.raises(ValueError, match="got layout='timm'"):
-        convert_state_dict(_random_state_dict("original"), "timm")
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_loads_to_the_same_network(layout):
-    state_dict = _random_state_dict("original")
+    state_dict = random_state_dict("original")
     expected = _load(state_dict)(IMAGE)
     assert torch.equal(_load(convert_state_dict(state_dict, layout))(IMAGE), expected)
 
@@ -79,7 +38,7 @@ def test_every_layout_loads_to_the_same_network(layout):
 @pytest.mark.parametrize("wrapper", [None, "model", "state_dict", "state_dict_ema", "model_ema"])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
 def test_training_checkpoints_are_unwrapped(tmp_path, wrapper, prefix):
-    state_dict = _random_state_dict("original")
+    state_dict = random_state_dict("original")
     checkpoint = {prefix + k: v for k, v in state_dict.items()}
     if wrapper is not None:
         checkpoint = {wrapper: checkpoint, "epoch": 3}
@@ -89,14 +48,14 @@ def test_training_checkpoints_are_unwrapped(tmp_path, wrapper, prefix):
 
 
 def test_ema_weights_win(tmp_path):
-    ema, raw = _random_state_dict("original"), _random_state_dict("original")
+    ema, raw = random_state_dict("original"), random_state_dict("original")
     path = tmp_path / "nat_mini.pth"
     torch.save({"state_dict": raw, "state_dict_ema": ema}, path)
     assert _loaded_part(_load_file(path), ema)
 
 
 def test_our_layout_loads_from_safetensors_both_ways(tmp_path):
-    state_dict = _random_state_dict("nat_models")
+    state_dict = random_state_dict("nat_models")
     path = tmp_path / "model.safetensors"
     save_file(state_dict, path)
     assert _loaded_part(_load_file(path), state_dict)
@@ -105,7 +64,7 @@ def test_our_layout_loads_from_safetensors_both_ways(tmp_path):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_another_number_of_classes_keeps_the_backbone_and_makes_a_new_head(layout):
-    state_dict = _random_state_dict(layout)
+    state_dict = random_state_dict(layout)
     model = _load(state_dict, num_classes=7)
     assert model.head.fc.weight.shape == (7, 128)
     assert _loaded_part(model, state_dict, without="head")
@@ -114,7 +73,7 @@ def test_another_number_of_classes_keeps_the_backbone_and_makes_a_new_head(layou
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_fine_tunes_load_with_their_own_number_of_classes(layout):
-    state_dict = _random_state_dict(layout, num_classes=7)
+    state_dict = random_state_dict(layout, num_classes=7)
     assert _loaded_part(_load(state_dict, num_classes=7), state_dict)
     # A fine-tune of a fine-tune: the third number of classes makes a new head.
     assert _loaded_part(_load(state_dict, num_classes=5), state_dict, without="head")
@@ -122,12 +81,12 @@ def test_fine_tunes_load_with_their_own_number_of_classes(layout):
 
 def test_a_fine_tune_without_its_number_of_classes_is_an_error():
     with pytest.raises(CheckpointError, match=r"head has 7 classes, the model's 1000. Pass num_classes=7"):
-        _load(_random_state_dict("transformers", num_classes=7))
+        _load(random_state_dict("transformers", num_classes=7))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_backbone_without_head_loads_where_no_head_is_asked_for(layout):
-    state_dict = _random_state_dict(layout, num_classes=0)
+    state_dict = random_state_dict(layout, num_classes=0)
     if layout == "transformers":
         state_dict = {k.removeprefix("nat."): v for k, v in state_dict.items()}  # NatModel, NatBackbone
     assert _loaded_part(_load(state_dict, num_classes=0), state_dict)
@@ -139,14 +98,14 @@ def test_a_backbone_without_head_loads_where_no_head_is_asked_for(layout):
 
 
 def test_features_only_uses_the_weights():
-    state_dict = _random_state_dict("transformers")
+    state_dict = random_state_dict("transformers")
     features = _load(state_dict, features_only=True)(IMAGE)
     torch.testing.assert_close(features, _load(state_dict).forward_intermediates(IMAGE, intermediates_only=True))
 
 
 @pytest.mark.parametrize("in_chans", [1, 2, 5])
 def test_in_chans_adapts_the_stem_as_timm_does(in_chans):
-    state_dict = _random_state_dict("original")
+    state_dict = random_state_dict("original")
     model = _load(state_dict, in_chans=in_chans)
     stem = state_dict["patch_embed.proj.0.weight"]
     expected = timm.models.adapt_input_conv(in_chans, stem)
@@ -156,7 +115,7 @@ def test_in_chans_adapts_the_stem_as_timm_does(in_chans):
 
 @pytest.mark.parametrize("kernel_size", [5, 9, (3, 7)])
 def test_another_kernel_size_interpolates_rpb(kernel_size):
-    state_dict = _random_state_dict("transformers")
+    state_dict = random_state_dict("transformers")
     rpb = torch.arange(13.0)[:, None] + 10 * torch.arange(13.0)  # a plane, which bicubic keeps inside
     for key, value in state_dict.items():
         if key.endswith("rpb"):
@@ -193,14 +152,14 @@ def test_another_kernel_size_interpolates_rpb(kernel_size):
 @pytest.mark.parametrize("num_classes", [1000, 7])
 def test_what_does_not_fit_is_listed_and_nothing_is_loaded(edit, message, num_classes):
     # Also with a new head, where timm alone would load whatever fits.
-    state_dict = _random_state_dict("original")
+    state_dict = random_state_dict("original")
     edit(state_dict)
     with pytest.raises(CheckpointError, match=message):
         _load(state_dict, num_classes=num_classes)
 
 
 def test_an_incomplete_qkv_is_listed():
-    state_dict = _random_state_dict("transformers")
+    state_dict = random_state_dict("transformers")
     del state_dict["nat.encoder.levels.0.layers.0.attention.self.key.weight"]
     with pytest.raises(CheckpointError, match=r"1 missing: levels\.0\.blocks\.0\.attn\.qkv\.weight"):
         _load(state_dict)
@@ -227,7 +186,7 @@ def test_damaged_files_are_named(tmp_path, name):
     path = tmp_path / name
     if name.startswith("cut"):
         whole = tmp_path / f"whole{path.suffix}"
-        state_dict = _random_state_dict("nat_models")
+        state_dict = random_state_dict("nat_models")
         save_file(state_dict, whole) if path.suffix == ".safetensors" else torch.save(state_dict, whole)
         path.write_bytes(whole.read_bytes()[:-1000])
     else:
@@ -254,7 +213,7 @@ def test_pickles_that_run_code_are_refused(tmp_path):
 
 
 def test_save_for_hf_and_local_dir_are_inverse(tmp_path):
-    model = _small(num_classes=4, in_chans=1, kernel_size=5)
+    model = small_network(num_classes=4, in_chans=1, kernel_size=5)
     labels = ["ant", "bee", "cat", "dog"]
     save_for_hf(
         model,
@@ -270,3 +229,29 @@ def test_save_for_hf_and_local_dir_are_inverse(tmp_path):
     with_new_head = create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=9)
     assert with_new_head.head.fc.out_features == 9
     assert _loaded_part(with_new_head, model.state_dict(), without="head")
+
+
+def test_fitting_changes_neither_checkpoint_nor_model_nor_configuration():
+    model = small_network(num_classes=7)
+    cfg, weights = dict(model.pretrained_cfg), {k: v.clone() for k, v in model.state_dict().items()}
+    for num_classes in (7, 3):  # a head that is kept, a head that is left out
+        checkpoint = random_state_dict("original", num_classes=num_classes)
+        keys = list(checkpoint)
+        fit_state_dict({"state_dict": checkpoint}, model)
+        assert list(checkpoint) == keys
+    assert model.pretrained_cfg == cfg
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+
+
+def test_a_new_head_is_the_models_own():
+    model = small_network(num_classes=7)
+    fitted = fit_state_dict(random_state_dict("transformers"), model)
+    assert torch.equal(fitted["head.fc.weight"], model.head.fc.weight)
+    assert torch.equal(fitted["head.fc.bias"], model.head.fc.bias)
+
+
+def test_cache_dir_is_where_timm_is_told_to_keep_downloads(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr("nat_models.checkpoints.loading.load_pretrained", lambda *args, **kw: seen.append(kw))
+    create_model("nat_mini", pretrained=True, cache_dir=str(tmp_path), **SMALL)
+    assert seen[0]["cache_dir"] == str(tmp_path)

@@ -1,0 +1,55 @@
+"""Layouts: the published keys, and conversions that lose nothing."""
+
+import json
+
+import pytest
+import torch
+from timm.models import create_model
+
+from nat_models.checkpoints import LAYOUTS, CheckpointError, convert_state_dict, detect_layout
+from tests.checkpoints.conftest import random_state_dict
+from tests.conftest import FIXTURES, original_state_dict
+
+# With layer scale (small) and without (mini): the two kinds of block.
+VARIANTS = ["nat_mini", "nat_small"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_keys_and_shapes_of_the_published_layouts(variant):
+    original = original_state_dict(variant)
+    transformers = convert_state_dict(original, "transformers")
+    published = json.loads((FIXTURES / "transformers_keys.json").read_text())[variant]
+    assert {k: list(v.shape) for k, v in transformers.items()} == published
+    ours = create_model(variant, device="meta").state_dict()
+    converted = convert_state_dict(transformers, "nat_models")
+    assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in ours.items()}
+
+
+@pytest.mark.parametrize("source", LAYOUTS)
+@pytest.mark.parametrize("target", LAYOUTS)
+def test_conversions_are_lossless_both_ways(source, target):
+    state_dict = random_state_dict(source)
+    converted = convert_state_dict(state_dict, target)
+    assert detect_layout(state_dict) == source and detect_layout(converted) == target
+    back = convert_state_dict(converted, source)
+    assert back.keys() == state_dict.keys()
+    assert all(torch.equal(back[k], v) for k, v in state_dict.items())
+
+
+def test_an_unknown_layout_name_is_an_error():
+    with pytest.raises(ValueError, match="got layout='timm'"):
+        convert_state_dict(random_state_dict("original"), "timm")
+
+
+@pytest.mark.parametrize("key", ["extra", "levels.1.blocks.0.attn.extra.weight", "levels.x", "levels.1.extra.weight"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_keys_that_no_layout_knows_keep_their_names(key, layout):
+    state_dict = random_state_dict("original") | {key: torch.zeros(1)}
+    assert key in convert_state_dict(state_dict, layout)
+
+
+def test_one_layer_scale_without_the_other_is_an_error():
+    state_dict = random_state_dict("original")
+    del state_dict["levels.2.blocks.1.gamma2"]
+    with pytest.raises(CheckpointError, match=r"has levels\.2\.blocks\.1\.gamma1 without .*gamma2"):
+        convert_state_dict(state_dict, "transformers")
