@@ -135,7 +135,7 @@ def test_the_first_call_of_a_process_and_those_after_it_give_the_same_bits():
         "import torch; from nat_models.ops import na2d_packed; from torch._C import _dispatch_dump as dump\n"
         "torch.set_grad_enabled(False); qkv, rpb = torch.randn(1, 9, 11, 3, 2, 8), torch.randn(2, 5, 5)\n"
         "results = [na2d_packed(qkv, kernel_size=3, rpb=rpb) for _ in range(2)]; print(torch.equal(*results))\n"
-        "print('CPU: registered at operator.cpp' in dump('nat_models::na2d_packed_inference'))"
+        "print('CPU: registered at torch_shim.cpp' in dump('nat_models::na2d_packed_inference'))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["True", str(all(cpu._torch_functions(cpu._REGISTRATION)))]

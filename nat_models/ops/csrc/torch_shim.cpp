@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "na2d.h"
+#include "abi.h"
 
 namespace {
 
@@ -116,6 +116,6 @@ extern "C" __attribute__((visibility("default"))) int32_t nat_register(const nat
     if (done.exchange(true)) return 0;
     torch = *functions;
     void* library = nullptr;  // never freed: that would take the kernel back
-    const int32_t status = torch.library_init_impl("nat_models", "CPU", "operator.cpp", __LINE__, &library);
+    const int32_t status = torch.library_init_impl("nat_models", "CPU", "torch_shim.cpp", __LINE__, &library);
     return status ? status : torch.library_impl(library, "na2d_packed_inference", na2d_packed_inference);
 }

@@ -5,6 +5,12 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <utility>  // std::integer_sequence: types only, nothing that could be merged
+
+#if defined(__clang__) && defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 #define NAT_VECTOR_BYTES 64
 #define NAT_VECTOR_REGISTERS 32
@@ -22,6 +28,14 @@
 
 #define NAT_INLINE inline __attribute__((always_inline))
 #define NAT_LAMBDA_INLINE __attribute__((always_inline))
+
+// Before a loop of at most n rounds, known when compiled: its arrays of vectors must end up in registers.
+#define NAT_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define NAT_UNROLL(n) NAT_PRAGMA(clang loop unroll(full))
+#else
+#define NAT_UNROLL(n) NAT_PRAGMA(GCC unroll n)
+#endif
 
 namespace {
 
@@ -73,14 +87,28 @@ NAT_INLINE C sum_lanes(vec<C> x) {
     return x[0];
 }
 
+// Lane i of the result is lane from[i] of x.
 template <class C>
 NAT_INLINE vec<C> permute(vec<C> x, bits<C> from) {
-#if defined(__clang__)
+#if !defined(__clang__)
+    return __builtin_shuffle(x, from);
+#else
+    // Clang has no builtin for indices known only at run time, and what it makes of a loop goes through memory.
+#if defined(__AVX512F__)
+    if constexpr (sizeof(C) == 4) return (vec<C>)_mm512_permutexvar_ps((__m512i)from, (__m512)x);
+    else return (vec<C>)_mm512_permutexvar_pd((__m512i)from, (__m512d)x);
+#elif defined(__AVX2__)
+    if constexpr (sizeof(C) == 4) {
+        return (vec<C>)_mm256_permutevar8x32_ps((__m256)x, (__m256i)from);
+    } else {  // as pairs of 32 bits: AVX2 permutes no doubles by a vector of indices
+        const __m256i pairs = (__m256i)((from << 1) | (((from << 1) | 1) << 32));
+        return (vec<C>)_mm256_permutevar8x32_ps((__m256)x, pairs);
+    }
+#else
     vec<C> y;
     for (index_t i = 0; i < lanes<C>; ++i) y[i] = x[from[i]];
     return y;
-#else
-    return __builtin_shuffle(x, from);
+#endif
 #endif
 }
 
@@ -91,24 +119,30 @@ NAT_INLINE bits<C> lane_numbers() {
     return lane;
 }
 
-// One round of the perfect-shuffle network; log2(lanes) rounds transpose a square of lanes x lanes.
+// a[Start], b[Start], a[Start + 1], b[Start + 1], ... with I = 0, 1, ..., lanes - 1.
+template <class C, index_t Start, index_t... I>
+NAT_INLINE vec<C> interleave(vec<C> a, vec<C> b, std::integer_sequence<index_t, I...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, (Start + I / 2 + I % 2 * lanes<C>)...);
+#else  // GCC has __builtin_shufflevector from 12 on only
+    return __builtin_shuffle(a, b, bits<C>{(Start + I / 2 + I % 2 * lanes<C>)...});
+#endif
+}
+
+// Transposes a square of lanes x lanes: log2(lanes) rounds of the perfect-shuffle network.
 template <class C>
 NAT_INLINE void transpose(vec<C> (&x)[lanes<C>]) {
     constexpr index_t n = lanes<C>;
-    bits<C> low, high;
-    for (index_t i = 0; i < n; ++i) {
-        low[i] = i / 2 + (i % 2) * n;
-        high[i] = low[i] + n / 2;
-    }
-#pragma GCC unroll 4
-    for (index_t round = 1; round < n; round *= 2) {
+    constexpr std::make_integer_sequence<index_t, n> sequence;
+    NAT_UNROLL(4)
+    for (int round = 0; 1 << round < n; ++round) {
         vec<C> y[n];
-#pragma GCC unroll 16
+        NAT_UNROLL(16)
         for (index_t i = 0; i < n / 2; ++i) {
-            y[2 * i] = __builtin_shuffle(x[i], x[i + n / 2], low);
-            y[2 * i + 1] = __builtin_shuffle(x[i], x[i + n / 2], high);
+            y[2 * i] = interleave<C, 0>(x[i], x[i + n / 2], sequence);
+            y[2 * i + 1] = interleave<C, n / 2>(x[i], x[i + n / 2], sequence);
         }
-#pragma GCC unroll 16
+        NAT_UNROLL(16)
         for (index_t i = 0; i < n; ++i) x[i] = y[i];
     }
 }
@@ -140,83 +174,6 @@ NAT_INLINE vec<double> exp2_nonpositive(vec<double> t) {
                               1.};
     for (double c : inverse) p = p * f + c;
     return (vec<double>)((bits<double>)p + ((bits<double>)shifted << 52));
-}
-
-// Storage types. Low precision is widened on load and rounded to nearest even on store; the arithmetic never sees it.
-struct bfloat16 {
-    uint16_t raw;
-};
-struct float16 {
-    uint16_t raw;
-};
-typedef uint16_t halves __attribute__((vector_size(NAT_VECTOR_BYTES / 2)));
-typedef uint16_t loose_halves __attribute__((vector_size(NAT_VECTOR_BYTES / 2), aligned(2), may_alias));
-
-template <class E>
-struct Compute {
-    using type = float;
-};
-template <>
-struct Compute<double> {
-    using type = double;
-};
-
-NAT_INLINE bits<float> widen_halves(const void* p) {
-    return __builtin_convertvector((halves) * (const loose_halves*)p, bits<float>);
-}
-NAT_INLINE void narrow_halves(void* p, bits<float> x) { *(loose_halves*)p = __builtin_convertvector(x, halves); }
-
-NAT_INLINE vec<float> widen(const float* p) { return load(p); }
-NAT_INLINE vec<double> widen(const double* p) { return load(p); }
-NAT_INLINE vec<float> widen(const bfloat16* p) { return (vec<float>)(widen_halves(p) << 16); }
-NAT_INLINE vec<float> widen(const float16* p) {
-    const bits<float> h = widen_halves(p);
-    const bits<float> magnitude = h & 0x7fff;
-    // The product rescales the exponent and normalises subnormals; infinities and NaNs get theirs by hand.
-    bits<float> x = (bits<float>)((vec<float>)(magnitude << 13) * 0x1p112f);
-    x = magnitude >= 0x7c00 ? x | 0x7f800000 : x;
-    return (vec<float>)(x | (h & 0x8000) << 16);
-}
-
-NAT_INLINE void narrow(float* p, vec<float> x) { store(p, x); }
-NAT_INLINE void narrow(double* p, vec<double> x) { store(p, x); }
-NAT_INLINE void narrow(bfloat16* p, vec<float> x) {
-    const bits<float> b = (bits<float>)x;
-    const bits<float> rounded = (b + 0x7fff + (b >> 16 & 1)) >> 16;
-    narrow_halves(p, x != x ? (b >> 16 | 0x40) : rounded);
-}
-NAT_INLINE void narrow(float16* p, vec<float> x) {
-    const bits<float> b = (bits<float>)x, magnitude = b & 0x7fffffff, sign = b >> 16 & 0x8000;
-    const bits<float> normal = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
-    // Adding 0.5 aligns a number below 2**-14 to float16's subnormal spacing, rounding in hardware.
-    const bits<float> tiny = (bits<float>)((vec<float>)magnitude + 0.5f) - (126u << 23);
-    bits<float> h = magnitude < (113u << 23) ? tiny : normal;
-    h = magnitude >= 0x477ff000 ? bits<float>{} + 0x7c00 : h;  // 65520 and above round to infinity
-    h = magnitude > 0x7f800000 ? bits<float>{} + 0x7e00 : h;
-    narrow_halves(p, h | sign);
-}
-
-// The first `count` elements, the rest zero.
-template <class E>
-__attribute__((noinline)) vec<typename Compute<E>::type> widen_some(const E* p, index_t count) {
-    E tail[lanes<typename Compute<E>::type>] = {};
-    for (index_t i = 0; i < count; ++i) tail[i] = p[i];
-    return widen(tail);
-}
-
-// Tokens of `dim` elements from rows padded to whole vectors, to memory `step` apart.
-template <class E, class C>
-void store_tokens(const C* from, index_t padded, index_t count, index_t dim, index_t step, E* to) {
-    constexpr index_t L = lanes<C>;
-    const index_t whole = dim / L * L;
-    for (index_t n = 0; n < count; ++n, from += padded, to += step) {
-        for (index_t i = 0; i < whole; i += L) narrow(to + i, load(from + i));
-        if (whole < dim) {
-            E tail[L];
-            narrow(tail, load(from + whole));
-            for (index_t i = whole; i < dim; ++i) to[i] = tail[i - whole];
-        }
-    }
 }
 
 }  // namespace
