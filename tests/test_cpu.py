@@ -1,5 +1,6 @@
 """The C++ kernel against the reference, over a grid of shapes, windows, dtypes, strides, threads, instruction sets."""
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -110,7 +111,7 @@ def test_any_strides_give_the_same_bits(dtype):
 def registered():
     """The kernel where PyTorch finds it."""
     cpu.available()  # loads the library, which registers the kernel
-    if not all(cpu._torch_functions(cpu._REGISTRATION)):
+    if not all(cpu._registration_functions(cpu._load())):
         pytest.skip("this torch has no C shim to register kernels through")
 
 
@@ -135,10 +136,10 @@ def test_the_first_call_of_a_process_and_those_after_it_give_the_same_bits():
         "import torch; from nat_models.ops import na2d_packed; from torch._C import _dispatch_dump as dump\n"
         "torch.set_grad_enabled(False); qkv, rpb = torch.randn(1, 9, 11, 3, 2, 8), torch.randn(2, 5, 5)\n"
         "results = [na2d_packed(qkv, kernel_size=3, rpb=rpb) for _ in range(2)]; print(torch.equal(*results))\n"
-        "print('CPU: registered at torch_shim.cpp' in dump('nat_models::na2d_packed_inference'))"
+        "print('CPU: registered at torch_shim.cpp' in dump('nat_models::na2d_qkvpacked_inference'))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["True", str(all(cpu._torch_functions(cpu._REGISTRATION)))]
+    assert run.stdout.split() == ["True", str(all(cpu._registration_functions(cpu._load())))]
 
 
 @pytest.mark.usefixtures("registered")
@@ -155,15 +156,16 @@ def test_the_first_call_of_a_process_and_those_after_it_give_the_same_bits():
         dict(rpb=torch.zeros(2, 7, 7), kernel_height=4, kernel_width=4),
         dict(dilation_height=0),
         dict(dilation_width=4),
+        dict(dilation_height=(2**64 + 2) // 3),  # times 3, it overflows to 2
     ],
     ids=lambda change: " ".join(f"{x.dtype} {[*x.shape]}" if torch.is_tensor(x) else n for n, x in change.items()),
 )
 def test_the_kernel_called_directly_refuses_what_it_cannot_read(change):
     arguments = dict(qkv=torch.zeros(1, 9, 11, 3, 2, 8), rpb=torch.zeros(2, 5, 5), scale=1.0)
     arguments |= dict(kernel_height=3, kernel_width=3, dilation_height=1, dilation_width=1)
-    torch.ops.nat_models.na2d_packed_inference(**arguments)
-    with pytest.raises(RuntimeError, match="na2d_packed_inference: "):
-        torch.ops.nat_models.na2d_packed_inference(**arguments | change)
+    torch.ops.nat_models.na2d_qkvpacked_inference(**arguments)
+    with pytest.raises(RuntimeError, match="na2d_qkvpacked_inference: "):
+        torch.ops.nat_models.na2d_qkvpacked_inference(**arguments | change)
 
 
 @pytest.mark.parametrize(("shape", "kernel_size", "dilation"), GRID[::4])
@@ -293,3 +295,37 @@ def test_an_unknown_instruction_set_is_refused_with_its_name():
     )
     assert "na2d runs on blocked" in run.stdout
     assert "NAT_MODELS_CPU_ISA='mmx' is unknown to this build" in run.stdout
+
+
+class _OtherVersion:
+    """The library as built from other sources: the functions given replace its own."""
+
+    def __init__(self, **functions):
+        self.functions = functions
+        self.library = ctypes.CDLL(str(cpu._find()))
+
+    def __getattr__(self, name):
+        return self.functions[name] if name in self.functions else getattr(self.library, name)
+
+
+@pytest.mark.parametrize(
+    ("functions", "message"),
+    [
+        (dict(nat_call_size=lambda: 8), f"its nat_na2d_call takes 8 bytes, not {cpu._CALL.size}"),
+        (dict(nat_torch_size=lambda: 8), r"its nat_torch takes 8 bytes, not \d+"),
+        (dict(nat_torch_size=None), "it has no nat_torch_size"),
+    ],
+    ids=["call", "torch", "missing"],
+)
+def test_a_library_of_another_version_is_refused_before_it_is_called(functions, message, monkeypatch):
+    library = _OtherVersion(**functions)
+    monkeypatch.setattr(cpu.ctypes, "CDLL", lambda path: library)
+    with pytest.raises(RuntimeError, match=f"was built for another version: {message}.*pip install"):
+        cpu._load.__wrapped__()
+
+
+def test_a_missing_library_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(cpu, "__file__", str(tmp_path / "cpu.py"))
+    monkeypatch.setattr(cpu.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"`apt install g\+\+`.*`xcode-select --install`.*`pip install"):
+        cpu._find()

@@ -85,7 +85,7 @@ def test_fvcore_counts_the_published_cost_too(name):
     assert f"{count.total() / 1e9:.1f}" == PUBLISHED[name][1]
     with FlopCounterMode(display=False) as counter:
         model(image)
-    flops = counter.get_flop_counts()["Global"][torch.ops.nat_models.na2d_packed_inference]
+    flops = counter.get_flop_counts()["Global"][torch.ops.nat_models.na2d_qkvpacked_inference]
     assert 2 * count.by_operator()["na2d_packed"] == flops  # an operation of fvcore is a multiply and an add
 
 

@@ -267,7 +267,7 @@ def test_opcheck_of_the_operator_without_gradients(backend):
     if backend not in ("native", "blocked"):
         pytest.skip(f"{backend} does not go through the operator")
     qkv, rpb = torch.randn(1, 9, 12, 3, 2, 8), torch.randn(2, 5, 9)
-    opcheck(torch.ops.nat_models.na2d_packed_inference.default, (qkv, rpb, 3, 5, 2, 1, 0.25))
+    opcheck(torch.ops.nat_models.na2d_qkvpacked_inference.default, (qkv, rpb, 3, 5, 2, 1, 0.25))
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -277,7 +277,7 @@ def test_packed_runs_and_counts_as_the_operator_of_its_purpose(grad):
     with torch.set_grad_enabled(grad), FlopCounterMode(display=False) as counter:
         output = na2d_packed(qkv, kernel_size=(3, 5), rpb=rpb)
     assert output.requires_grad is grad
-    name = "nat_models.na2d_packed" if grad else "nat_models.na2d_packed_inference"
+    name = "nat_models.na2d_packed" if grad else "nat_models.na2d_qkvpacked_inference"
     assert {str(op): count for op, count in counter.get_flop_counts()["Global"].items()} == {
         name: 2 * 2 * (2 * 9 * 12) * (3 * 5) * (2 * 8)
     }

@@ -230,14 +230,14 @@ def na2d_packed(
             return backend.na2d(*qkv.unbind(3), rpb, *window)
     if _directly(qkv, rpb):
         kernel_size, dilation, scale = window
-        return torch.ops.nat_models.na2d_packed_inference.default(
+        return torch.ops.nat_models.na2d_qkvpacked_inference.default(
             qkv, cpu.as_rpb(rpb, qkv.dtype), *kernel_size, *dilation, scale
         )
     return torch.ops.nat_models.na2d_packed.default(qkv, rpb, *window)
 
 
 def _directly(qkv: Tensor, rpb: Tensor | None) -> bool:
-    """Whether na2d_packed_inference serves: on a CPU, automatically or as `native`, without a gradient.
+    """Whether na2d_qkvpacked_inference serves: on a CPU, automatically or as `native`, without a gradient.
 
     Never in torch.jit.trace, which traces with gradients and checks what it traced without.
     """
@@ -302,7 +302,7 @@ _SCHEMAS = {
     "na2d_packed_backward": f"(Tensor grad_output, Tensor qkv, Tensor? rpb, {_WINDOW}) -> (Tensor, Tensor)",
     # na2d_packed without autograd, whose way leads through Python, and with types that a C function takes. cpu.py
     # registers its kernel when it loads the library, and from then on a call in a network reaches it without Python.
-    "na2d_packed_inference": "(Tensor qkv, Tensor rpb, int kernel_height, int kernel_width, int dilation_height,"
+    "na2d_qkvpacked_inference": "(Tensor qkv, Tensor rpb, int kernel_height, int kernel_width, int dilation_height,"
     " int dilation_width, float scale) -> Tensor",
 }
 for _name, _schema in _SCHEMAS.items():
@@ -358,8 +358,8 @@ def _na2d_packed(qkv, *args):
     return _forward(*qkv.unbind(3), *args)
 
 
-@torch.library.impl("nat_models::na2d_packed_inference", "CompositeExplicitAutograd")
-def _na2d_packed_inference(qkv, rpb, kernel_height, kernel_width, dilation_height, dilation_width, scale):
+@torch.library.impl("nat_models::na2d_qkvpacked_inference", "CompositeExplicitAutograd")
+def _na2d_qkvpacked_inference(qkv, rpb, kernel_height, kernel_width, dilation_height, dilation_width, scale):
     return _forward(*qkv.unbind(3), rpb, (kernel_height, kernel_width), (dilation_height, dilation_width), scale)
 
 
@@ -380,7 +380,7 @@ def _na2d_backward_fake(grad_output, query, key, value, rpb, kernel_size, dilati
 
 
 @torch.library.register_fake("nat_models::na2d_packed")
-@torch.library.register_fake("nat_models::na2d_packed_inference")
+@torch.library.register_fake("nat_models::na2d_qkvpacked_inference")
 def _na2d_packed_fake(qkv, *args):
     return _empty(qkv.select(3, 0))
 
@@ -436,8 +436,8 @@ def _na2d_packed_flops(qkv_shape, rpb_shape, kernel_size, *args, **kwargs) -> in
     return 2 * _pair_flops(_head_shape(qkv_shape), kernel_size)
 
 
-@register_flop_formula(torch.ops.nat_models.na2d_packed_inference)
-def _na2d_packed_inference_flops(qkv_shape, rpb_shape, kernel_height, kernel_width, *args, **kwargs) -> int:
+@register_flop_formula(torch.ops.nat_models.na2d_qkvpacked_inference)
+def _na2d_qkvpacked_inference_flops(qkv_shape, rpb_shape, kernel_height, kernel_width, *args, **kwargs) -> int:
     return 2 * _pair_flops(_head_shape(qkv_shape), (kernel_height, kernel_width))
 
 

@@ -3,6 +3,7 @@
 #include <stdint.h>
 
 #ifdef __cplusplus
+#define NAT_EXPORT extern "C" __attribute__((visibility("default")))
 extern "C" {
 #endif
 
@@ -43,32 +44,42 @@ void nat_set_threads(nat_parallel_for run, nat_num_threads count);
 int32_t nat_select_isa(const char* name);
 const char* nat_isa(void);
 
-// What torch.ops.nat_models.na2d_packed_inference needs of torch, by the names of torch/csrc/inductor/aoti_torch/c/shim.h
-// without aoti_torch_; all return 0 for success but the constants. A tensor is an opaque pointer there.
-typedef struct {
-    int32_t (*library_init_impl)(const char* ns, const char* key, const char* file, uint32_t line, void** library);
-    int32_t (*library_impl)(void* library, const char* name, void (*kernel)(uint64_t* stack, uint64_t, uint64_t));
-    int32_t (*get_dim)(void* tensor, int64_t* dim);
-    int32_t (*get_sizes)(void* tensor, int64_t** sizes);
-    int32_t (*get_strides)(void* tensor, int64_t** strides);
-    int32_t (*get_dtype)(void* tensor, int32_t* dtype);
-    int32_t (*get_data_ptr)(void* tensor, void** data);
-    int32_t (*empty_strided)(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype,
-                             int32_t device_type, int32_t device_index, void** tensor);
-    int32_t (*delete_tensor_object)(void* tensor);
-    int32_t (*device_type_cpu)(void);
-    int32_t (*dtype_float32)(void);
-    int32_t (*dtype_float64)(void);
-    int32_t (*dtype_bfloat16)(void);
-    int32_t (*dtype_float16)(void);
-} nat_torch;
+// Functions of torch's C shim (torch/csrc/inductor/aoti_torch/c/shim.h) that the registered operator calls, by their names
+// without aoti_torch_. All return 0 for success but the constants. A tensor is an opaque pointer there.
+// This is their only list: the loader asks nat_torch_function for the names, in this order, and looks them up.
+#define NAT_TORCH_FUNCTIONS(F)                                                                                     \
+    F(library_init_impl, (const char* ns, const char* key, const char* file, uint32_t line, void** library))       \
+    F(library_impl, (void* library, const char* name, void (*kernel)(uint64_t * stack, uint64_t, uint64_t)))       \
+    F(get_dim, (void* tensor, int64_t* dim))                                                                       \
+    F(get_sizes, (void* tensor, int64_t** sizes))                                                                  \
+    F(get_strides, (void* tensor, int64_t** strides))                                                              \
+    F(get_dtype, (void* tensor, int32_t* dtype))                                                                   \
+    F(get_data_ptr, (void* tensor, void** data))                                                                   \
+    F(empty_strided, (int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype, int32_t device_type, \
+                      int32_t device_index, void** tensor))                                                        \
+    F(delete_tensor_object, (void* tensor))                                                                        \
+    F(device_type_cpu, (void))                                                                                     \
+    F(dtype_float32, (void))                                                                                       \
+    F(dtype_float64, (void))                                                                                       \
+    F(dtype_bfloat16, (void))                                                                                      \
+    F(dtype_float16, (void))
 
-// Makes this library the operator's CPU kernel, so that no Python runs on the way to it. Once for a process; later calls
-// do nothing. Returns 0, or what torch returned.
+#define NAT_MEMBER(name, parameters) int32_t(*name) parameters;
+typedef struct {
+    NAT_TORCH_FUNCTIONS(NAT_MEMBER)
+} nat_torch;
+#undef NAT_MEMBER
+
+// Full name of the index-th function of nat_torch; null after the last.
+const char* nat_torch_function(int64_t index);
+
+// Makes this library the CPU kernel of torch.ops.nat_models.na2d_qkvpacked_inference, so that no Python runs on the way
+// to it. Once for a process; later calls do nothing. Returns 0, or what torch returned.
 int32_t nat_register(const nat_torch* torch);
 
-// sizeof(nat_na2d_call): a loader built for another layout finds out before it corrupts memory.
+// sizeof of the structs: a loader written for another layout finds out before it corrupts memory.
 int64_t nat_call_size(void);
+int64_t nat_torch_size(void);
 
 #ifdef __cplusplus
 }

@@ -3,8 +3,6 @@
 
 #include "isa.h"
 
-#define NAT_EXPORT extern "C" __attribute__((visibility("default")))
-
 namespace {
 
 struct Isa {
