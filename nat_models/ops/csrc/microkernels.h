@@ -39,6 +39,9 @@ struct Dots {
 template <class C, int R, int N, Keys Mode>
 void dots_tile(const Dots<C>& a, index_t first) {
     constexpr index_t L = lanes<C>;
+    // Accumulators, a query vector for each row, a key and a permutation: one more than 16 registers hold. GCC takes a
+    // query from memory then, clang would spill accumulators.
+    constexpr bool kTight = Mode == Keys::Permuted && R * N + R + 2 > NAT_VECTOR_REGISTERS;
     vec<C> acc[R][N];
     NAT_UNROLL(8)
     for (int r = 0; r < R; ++r)
@@ -54,6 +57,7 @@ void dots_tile(const Dots<C>& a, index_t first) {
         for (int n = 0; n < N; ++n) {
             const C* p = key + n * a.key_step;
             const vec<C> k = Mode == Keys::Splat ? splat(*p) : Mode == Keys::Shifted ? load(p) : permute<C>(load(p), from);
+            if (kTight) query[R - 1] = load_again(a.query[R - 1] + i * L);
             NAT_UNROLL(8)
             for (int r = 0; r < R; ++r) acc[r][n] += query[r] * k;
         }

@@ -71,6 +71,14 @@ template <class C>
 NAT_INLINE void store(C* p, vec<C> x) {
     *(typename Vector<C>::loose*)p = x;
 }
+// A load that clang does not merge with another of the same address, so that it can be an operand of an instruction.
+template <class C>
+NAT_INLINE vec<C> load_again(const C* p) {
+#if defined(__clang__)
+    asm volatile("" : "+r"(p));
+#endif
+    return load(p);
+}
 template <class C>
 NAT_INLINE vec<C> splat(C x) {
     return x - vec<C>{};  // minus: 0 + x is an addition the compiler must keep, for it turns -0 into 0
