@@ -28,6 +28,7 @@ test-sanitize: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror nat_models/ops/csrc/*.h nat_models/ops/csrc/*.cpp
 
 bench: $(VENV)/.installed-demo
 	mkdir -p output/bench

@@ -17,8 +17,8 @@ enum nat_dtype { NAT_FLOAT32, NAT_FLOAT64, NAT_BFLOAT16, NAT_FLOAT16 };
 enum nat_status { NAT_OK, NAT_NO_MEMORY, NAT_BAD_DTYPE };
 
 // The caller has checked shapes: kernels odd and >= 3, dilations >= 1, kernel * dilation within the map.
-// rpb and grad_rpb are [heads, 2*Kh-1, 2*Kw-1], contiguous, float64 for float64 and float32 otherwise; either may be null.
-// The forward reads query, key, value, rpb and writes out; the backward reads those and grad_out and writes grad_*.
+// rpb and grad_rpb are [heads, 2*Kh-1, 2*Kw-1], contiguous, float64 for float64, otherwise float32; either may be null.
+// The forward reads query, key, value, rpb and writes out; the backward reads those and grad_out, and writes grad_*.
 typedef struct {
     nat_tensor query, key, value, out, grad_out, grad_query, grad_key, grad_value;
     const void* rpb;
@@ -44,24 +44,24 @@ void nat_set_threads(nat_parallel_for run, nat_num_threads count);
 int32_t nat_select_isa(const char* name);
 const char* nat_isa(void);
 
-// Functions of torch's C shim (torch/csrc/inductor/aoti_torch/c/shim.h) that the registered operator calls, by their names
-// without aoti_torch_. All return 0 for success but the constants. A tensor is an opaque pointer there.
-// This is their only list: the loader asks nat_torch_function for the names, in this order, and looks them up.
-#define NAT_TORCH_FUNCTIONS(F)                                                                                     \
-    F(library_init_impl, (const char* ns, const char* key, const char* file, uint32_t line, void** library))       \
-    F(library_impl, (void* library, const char* name, void (*kernel)(uint64_t * stack, uint64_t, uint64_t)))       \
-    F(get_dim, (void* tensor, int64_t* dim))                                                                       \
-    F(get_sizes, (void* tensor, int64_t** sizes))                                                                  \
-    F(get_strides, (void* tensor, int64_t** strides))                                                              \
-    F(get_dtype, (void* tensor, int32_t* dtype))                                                                   \
-    F(get_data_ptr, (void* tensor, void** data))                                                                   \
+// Functions of torch's C shim (torch/csrc/inductor/aoti_torch/c/shim.h) that the registered operator calls, by their
+// names without aoti_torch_. All return 0 for success but the constants. A tensor is an opaque pointer there. This is
+// their only list: the loader asks nat_torch_function for the names, in this order, and looks them up.
+#define NAT_TORCH_FUNCTIONS(F)                                                                                       \
+    F(library_init_impl, (const char* ns, const char* key, const char* file, uint32_t line, void** library))         \
+    F(library_impl, (void* library, const char* name, void (*kernel)(uint64_t* stack, uint64_t, uint64_t)))          \
+    F(get_dim, (void* tensor, int64_t* dim))                                                                         \
+    F(get_sizes, (void* tensor, int64_t** sizes))                                                                    \
+    F(get_strides, (void* tensor, int64_t** strides))                                                                \
+    F(get_dtype, (void* tensor, int32_t* dtype))                                                                     \
+    F(get_data_ptr, (void* tensor, void** data))                                                                     \
     F(empty_strided, (int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype, int32_t device_type, \
-                      int32_t device_index, void** tensor))                                                        \
-    F(delete_tensor_object, (void* tensor))                                                                        \
-    F(device_type_cpu, (void))                                                                                     \
-    F(dtype_float32, (void))                                                                                       \
-    F(dtype_float64, (void))                                                                                       \
-    F(dtype_bfloat16, (void))                                                                                      \
+                      int32_t device_index, void** tensor))                                                          \
+    F(delete_tensor_object, (void* tensor))                                                                          \
+    F(device_type_cpu, (void))                                                                                       \
+    F(dtype_float32, (void))                                                                                         \
+    F(dtype_float64, (void))                                                                                         \
+    F(dtype_bfloat16, (void))                                                                                        \
     F(dtype_float16, (void))
 
 #define NAT_MEMBER(name, parameters) int32_t(*name) parameters;

@@ -1,5 +1,5 @@
-// The bias of every lane, and back: rpb [2Kh-1, 2Kw-1] <-> vectors of query columns, one for each key. Three layouts; all
-// have expand (from rpb), add (the logits' gradients of a block of queries) and reduce (to rpb's gradient; clears).
+// The bias of every lane, and back: rpb [2Kh-1, 2Kw-1] <-> vectors of query columns, one for each key. Three layouts;
+// all have expand (from rpb), add (the logits' gradients of a block of queries) and reduce (to rpb's gradient; clears).
 #pragma once
 #include "geometry.h"
 
@@ -206,6 +206,17 @@ NAT_INLINE void visit_bias(const TaskGeometry<C>& at, C* table, C* mirror, const
     if (!at.plan.single_row) body(BiasByOffset<C>{at, table});
     else if (at.map_is_window()) body(BiasBands<C>{at, table, mirror});
     else body(BiasPairs<C>{at, table, mirror});
+}
+
+// Adds up the gradients of rpb that the tasks left, [task][rpb_size], in the order of the tasks.
+template <class C>
+void sum_grad_rpb(const Plan<C>& plan, const C* grad_rpb) {
+    const index_t size = plan.rpb_size();
+    memset(plan.call.grad_rpb, 0, plan.call.heads * size * sizeof(C));
+    for (index_t task = 0; task < plan.tasks; ++task) {
+        C* const sum = (C*)plan.call.grad_rpb + task / plan.strips % plan.call.heads * size;
+        for (index_t i = 0; i < size; ++i) sum[i] += grad_rpb[task * size + i];
+    }
 }
 
 }  // namespace

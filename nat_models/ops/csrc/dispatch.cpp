@@ -11,7 +11,8 @@ struct Isa {
     bool (*supported)();
 };
 
-const Isa kIsas[] = {  // best first
+// Best first.
+const Isa kIsas[] = {
 #ifdef NAT_X86
     {"avx512", nat_na2d_avx512,
      [] {

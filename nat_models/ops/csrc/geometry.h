@@ -53,12 +53,12 @@ struct TaskGeometry {
 
     template <class E>
     E* token(const nat_tensor& t, index_t row) const {
-        return (E*)t.data + image * t.stride[0] + group_row * t.stride[1] + row * row_step(t) + group_col * t.stride[2] +
-               head * t.stride[3];
+        return (E*)t.data + image * t.stride[0] + group_row * t.stride[1] + row * row_step(t) +
+               group_col * t.stride[2] + head * t.stride[3];
     }
 
-    // Where load_row writes: either or both of rows [columns][dim_padded] and transposed, where element i of column j is
-    // at i * depth_step + j / L * block_step + j % L.
+    // Where load_row writes: either or both of rows [columns][dim_padded] and transposed, where element i of column j
+    // is at i * depth_step + j / L * block_step + j % L.
     struct RowBuffers {
         C *rows, *transposed;
         index_t depth_step, block_step;

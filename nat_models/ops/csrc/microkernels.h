@@ -44,9 +44,10 @@ void dots_tile(const Dots<C>& a, index_t first) {
     constexpr bool kTight = Mode == Keys::Permuted && R * N + R + 2 > NAT_VECTOR_REGISTERS;
     vec<C> acc[R][N];
     NAT_UNROLL(8)
-    for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r) {
         NAT_UNROLL(8)
         for (int n = 0; n < N; ++n) acc[r][n] = a.bias[0] ? load(a.bias[r] + (first + n) * a.bias_step) : vec<C>{};
+    }
     const C* key = a.key + first * a.key_step;
     const bits<C> from = a.from;
     for (index_t i = 0; i < a.depth; ++i, key += a.key_depth_step) {
@@ -56,7 +57,9 @@ void dots_tile(const Dots<C>& a, index_t first) {
         NAT_UNROLL(8)
         for (int n = 0; n < N; ++n) {
             const C* p = key + n * a.key_step;
-            const vec<C> k = Mode == Keys::Splat ? splat(*p) : Mode == Keys::Shifted ? load(p) : permute<C>(load(p), from);
+            const vec<C> k = Mode == Keys::Splat     ? splat(*p)
+                             : Mode == Keys::Shifted ? load(p)
+                                                     : permute<C>(load(p), from);
             if (kTight) query[R - 1] = load_again(a.query[R - 1] + i * L);
             NAT_UNROLL(8)
             for (int r = 0; r < R; ++r) acc[r][n] += query[r] * k;
@@ -76,8 +79,8 @@ void dots(const Dots<C>& a, index_t rows, index_t keys) {
     using Tile = void (*)(const Dots<C>&, index_t);
 #define NAT_TILE(r, n) dots_tile<C, (r < kDotRows ? r : kDotRows), (n < kDotKeys ? n : kDotKeys), Mode>
 #define NAT_ROW(r) \
-    {NAT_TILE(r, 1), NAT_TILE(r, 2), NAT_TILE(r, 3), NAT_TILE(r, 4), NAT_TILE(r, 5), NAT_TILE(r, 6), NAT_TILE(r, 7)}
-    static constexpr Tile tiles[4][7] = {NAT_ROW(1), NAT_ROW(2), NAT_ROW(3), NAT_ROW(4)};
+    NAT_TILE(r, 1), NAT_TILE(r, 2), NAT_TILE(r, 3), NAT_TILE(r, 4), NAT_TILE(r, 5), NAT_TILE(r, 6), NAT_TILE(r, 7)
+    static constexpr Tile tiles[4][7] = {{NAT_ROW(1)}, {NAT_ROW(2)}, {NAT_ROW(3)}, {NAT_ROW(4)}};
 #undef NAT_ROW
 #undef NAT_TILE
     const Cut cut(keys, kDotKeys);
@@ -149,9 +152,10 @@ void blend_tile(const Blend<C>& a, index_t column, const C* scale, C* out) {
             if (width + i >= s.begin && width + i < s.end) add(width + i, i + 1, T - 1);
     }
     NAT_UNROLL(8)
-    for (int t = 0; t < T; ++t)
+    for (int t = 0; t < T; ++t) {
         NAT_UNROLL(4)
         for (int n = 0; n < N; ++n) store(out + t * dim_padded + n * lanes<C>, acc[t][n] * scale[t]);
+    }
 }
 
 // One tile of `targets` <= kBlendMax output rows, all of head_dim: two vectors at a time, then one.
@@ -159,9 +163,10 @@ template <class C>
 void blend(const Blend<C>& a, index_t targets, const C* scale, C* out) {
     using Tile = void (*)(const Blend<C>&, index_t, const C*, C*);
 #define NAT_TILE(t, n) blend_tile<C, (t < kBlendMax ? t : kBlendMax), n>
-#define NAT_ROW(n) \
-    {NAT_TILE(1, n), NAT_TILE(2, n), NAT_TILE(3, n), NAT_TILE(4, n), NAT_TILE(5, n), NAT_TILE(6, n), NAT_TILE(7, n), NAT_TILE(8, n)}
-    static constexpr Tile tiles[2][8] = {NAT_ROW(1), NAT_ROW(2)};
+#define NAT_ROW(n)                                                                                                  \
+    NAT_TILE(1, n), NAT_TILE(2, n), NAT_TILE(3, n), NAT_TILE(4, n), NAT_TILE(5, n), NAT_TILE(6, n), NAT_TILE(7, n), \
+        NAT_TILE(8, n)
+    static constexpr Tile tiles[2][8] = {{NAT_ROW(1)}, {NAT_ROW(2)}};
 #undef NAT_ROW
 #undef NAT_TILE
     for (index_t i = 0; i < a.dim_padded;) {

@@ -11,7 +11,7 @@
 
 namespace {
 
-// How far the sweep of a task has come. Each stage covers rows from the strip's first on, up to a bound that only grows.
+// How far the sweep of a task has come. Each stage covers the rows up to a bound that only grows.
 template <class C>
 struct Sweep {
     const TaskGeometry<C>& at;
@@ -56,7 +56,7 @@ struct Worker : Buffers<C> {
 
     Worker(const Plan<C>& plan, Arena& arena) : Buffers<C>(plan, arena), call(plan.call), prefetch(plan.dim) {}
 
-    // One key row against the query rows [begin, end), lanes are query columns; single_row: all keys against all queries.
+    // One key row against the query rows [begin, end): lanes are query columns.
     void products(const TaskGeometry<C>& at, C* queries, const C* keys, bool with_bias, C* out, index_t key_row,
                   index_t begin, index_t end) {
         if (plan.single_row) single_row_products(at, queries, keys, with_bias, out);
@@ -142,7 +142,8 @@ struct Worker : Buffers<C> {
         const C* const weight = weights(weight_ring, row, 0);
         Reach reach;
         for (index_t k = 0; k < at.down.kernel; ++k)
-            this->segments[k] = {this->key_row(token_ring, at.down.start(row) + k), weight + k * across.kernel * L, &reach};
+            this->segments[k] = {this->key_row(token_ring, at.down.start(row) + k), weight + k * across.kernel * L,
+                                 &reach};
         Blend<C> tile{this->segments, at.down.kernel, 0, 0, across.kernel, plan.dim_padded};
         const index_t block_step = plan.kernel_rows * plan.kernel_cols * L;
         const auto run = [&](index_t begin, index_t end, bool band) {
@@ -167,7 +168,8 @@ struct Worker : Buffers<C> {
         const auto add = [&](index_t from, index_t to, index_t origin, index_t column, bool band) {
             while (from < to) {
                 const index_t block = from / L, stop = min(to, (block + 1) * L);
-                this->pieces[count++] = {origin * plan.dim_padded, block * block_step + column * L + origin - block * L,
+                this->pieces[count++] = {origin * plan.dim_padded,
+                                         block * block_step + column * L + origin - block * L,
                                          {band ? 1 - L : 1, L, from - origin, stop - origin, band}};
                 from = stop;
             }
@@ -181,7 +183,8 @@ struct Worker : Buffers<C> {
     }
 
     // out[key] = sum of the query rows [begin, end) that attend to it, weighted: the transpose of gather.
-    void scatter(const TaskGeometry<C>& at, index_t key_row, index_t begin, index_t end, C* weight_ring, C* token_ring) {
+    void scatter(const TaskGeometry<C>& at, index_t key_row, index_t begin, index_t end, C* weight_ring,
+                 C* token_ring) {
         const Axis& across = at.across;
         const auto run = [&](index_t key, index_t key_end) {
             const index_t count = pieces_that_see(across, key, key_end);
@@ -279,8 +282,9 @@ struct Worker : Buffers<C> {
         at.template load_row<E>(call.query, row, C(call.scale),
                                 {rows, query_row(this->query_transposed, row), L, block_step});
         if (!plan.backward) return;
-        at.template load_row<E>(call.grad_out, row, 1,
-                                {query_row(this->grad_out, row), query_row(this->grad_out_transposed, row), L, block_step});
+        at.template load_row<E>(
+            call.grad_out, row, 1,
+            {query_row(this->grad_out, row), query_row(this->grad_out_transposed, row), L, block_step});
     }
 
     void step(Sweep<C>& sweep, index_t task, bool with_bias, C* seams) {
@@ -298,8 +302,8 @@ struct Worker : Buffers<C> {
         plan_prefetch(sweep, task);
 
         const index_t begin = sweep.queries_completed, end = sweep.queries_loaded;
-        products(at, this->query_transposed, plan.single_row ? keys : keys_transposed, with_bias, this->logits, row, begin,
-                 end);
+        products(at, this->query_transposed, plan.single_row ? keys : keys_transposed, with_bias, this->logits, row,
+                 begin, end);
         if (plan.backward)
             products(at, this->grad_out_transposed, plan.single_row ? values : values_transposed, false,
                      this->grad_logits, row, begin, end);
@@ -343,16 +347,6 @@ bool parallel(nat_parallel_for run, index_t count, const Body& body) {
     if (run && count > 1) return run(0, count, 1, trampoline, (void*)&body) == 0;
     if (count > 0) body(0, count);
     return true;
-}
-
-template <class C>
-void sum_grad_rpb(const Plan<C>& plan, const C* grad_rpb) {
-    const index_t size = plan.rpb_size();
-    memset(plan.call.grad_rpb, 0, plan.call.heads * size * sizeof(C));
-    for (index_t task = 0; task < plan.tasks; ++task) {
-        C* const sum = (C*)plan.call.grad_rpb + task / plan.strips % plan.call.heads * size;
-        for (index_t i = 0; i < size; ++i) sum[i] += grad_rpb[task * size + i];
-    }
 }
 
 template <class E>

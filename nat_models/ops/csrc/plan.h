@@ -45,8 +45,8 @@ struct Plan {
         rows = map_rows = ceil_div(call.height, call.dilation[0]);
         cols = map_cols = ceil_div(call.width, call.dilation[1]);
         const index_t window = call.kernel[0] * call.kernel[1];
-        single_row = rows * cols * kSingleRowDenominator <= window * kSingleRowNumerator &&
-                     rows * cols <= kSingleRowMaxTokens;
+        single_row =
+            rows * cols * kSingleRowDenominator <= window * kSingleRowNumerator && rows * cols <= kSingleRowMaxTokens;
         if (single_row) cols *= rows, rows = 1;
         kernel_rows = single_row ? 1 : call.kernel[0];
         kernel_cols = single_row ? cols : call.kernel[1];

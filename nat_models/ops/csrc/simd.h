@@ -1,5 +1,5 @@
 // Vectors of the instruction set this file is compiled for, written with compiler vector extensions.
-// Everything lives in an unnamed namespace: two objects built for different CPUs must never share a merged inline function.
+// Everything lives in an unnamed namespace: objects built for different CPUs must not share a merged inline function.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -155,8 +155,9 @@ NAT_INLINE void transpose(vec<C> (&x)[lanes<C>]) {
     }
 }
 
-// 2**t for t <= about 0, to about an ulp. What is smaller than the clamp becomes the clamp: harmless in a softmax, whose
-// largest term is 1, and products with it stay clear of subnormal numbers, which would be slow.
+// 2**t for t <= about 0, within 2.3 units of the last place in float and 1.2 in double. What is smaller than the clamp
+// becomes the clamp: harmless in a softmax, whose largest term is 1, and products with it stay clear of subnormal
+// numbers, which would be slow.
 NAT_INLINE vec<float> exp2_nonpositive(vec<float> t) {
     t = maximum(splat(-100.f), t);
     const vec<float> magic = splat(0x1.8p23f);  // adding it leaves round(t) in the low bits
@@ -177,9 +178,8 @@ NAT_INLINE vec<double> exp2_nonpositive(vec<double> t) {
     const vec<double> shifted = t + magic;
     const vec<double> f = (t - (shifted - magic)) * 0.693147180559945309417;
     vec<double> p = splat(1.0 / 6227020800);  // Taylor: |f| <= ln(2)/2, so 13 terms reach 1e-18
-    const double inverse[] = {1. / 479001600, 1. / 39916800, 1. / 3628800, 1. / 362880, 1. / 40320, 1. / 5040,
-                              1. / 720,       1. / 120,      1. / 24,      1. / 6,      1. / 2,     1.,
-                              1.};
+    const double inverse[] = {1. / 479001600, 1. / 39916800, 1. / 3628800, 1. / 362880, 1. / 40320, 1. / 5040, 1. / 720,
+                              1. / 120,       1. / 24,       1. / 6,       1. / 2,      1.,         1.};
     for (double c : inverse) p = p * f + c;
     return (vec<double>)((bits<double>)p + ((bits<double>)shifted << 52));
 }

@@ -70,7 +70,7 @@ void na2d_qkvpacked_inference(uint64_t* stack, uint64_t, uint64_t) {
     int64_t bytes;
     call.dtype = dtype_of(qkv, bytes);
     const int32_t rpb_dtype = call.dtype == NAT_FLOAT64 ? torch.dtype_float64() : torch.dtype_float32();
-    // The package has checked shapes; these are its promises to this kernel, kept for whoever calls the operator itself.
+    // The package checks shapes before it calls; whoever calls the operator itself may not have.
     bool fits = true;
     for (int i = 0; i < 2; ++i) fits = fits && call.kernel[i] >= 3 && call.kernel[i] % 2 && call.dilation[i] >= 1;
     fits = fits && qkv.dim == 6 && qkv.size[3] == 3 && (qkv.size[5] == 1 || qkv.stride[5] == 1) && rpb.dim == 3 &&
@@ -78,7 +78,7 @@ void na2d_qkvpacked_inference(uint64_t* stack, uint64_t, uint64_t) {
            rpb.size[1] == 2 * call.kernel[0] - 1 && rpb.size[2] == 2 * call.kernel[1] - 1;
     // A quotient, because the product of any two numbers may overflow.
     for (int i = 0; i < 2; ++i) fits = fits && call.kernel[i] <= qkv.size[1 + i] / call.dilation[i];
-    if (!fits) throw std::runtime_error("na2d_qkvpacked_inference: arguments that nat_models.na2d_packed would not pass");
+    if (!fits) throw std::runtime_error("na2d_qkvpacked_inference: arguments that nat_models.na2d would not pass");
 
     call.batch = qkv.size[0];
     call.height = qkv.size[1];
