@@ -50,9 +50,8 @@ struct BiasByOffset {
     }
     void add(index_t row, index_t j, const C* grad_logits) const {
         C* sum = of_rows(row, at.down.start(row)) + j;
-        const index_t keys = at.down.kernel * at.across.kernel;
-        for (index_t k = 0; k < keys; ++k, sum += at.plan.cols_padded)
-            store(sum, load(sum) + load(grad_logits + k * L));
+        const index_t keys = at.down.kernel * at.across.kernel, step = at.plan.cols_padded;
+        for (index_t k = 0; k < keys; ++k, sum += step) store(sum, load(sum) + load(grad_logits + k * L));
     }
     void reduce(C* rpb) const {
         const Axis& axis = at.across;
@@ -101,11 +100,12 @@ struct BiasBands {
     }
     void add(index_t, index_t j, const C* grad_logits) const {
         const bits<C> map = first_lanes<C>(at.across.length - j);
-        for (index_t r = 0; r < at.map_rows; ++r)
-            for (index_t c = 0; c < at.map_cols; ++c, grad_logits += L) {
-                C* const sum = band(r, c) + j;
+        const index_t rows = at.map_rows, cols = at.map_cols, step = this->step();
+        for (index_t r = 0; r < rows; ++r) {
+            C* sum = band(r, 0) + j;
+            for (index_t c = 0; c < cols; ++c, sum += step, grad_logits += L)
                 store(sum, load(sum) + keep<C>(load(grad_logits), map));
-            }
+        }
     }
     void reduce(C* rpb) const {
         const index_t rows = at.plan.rpb_rows(), cols = at.plan.rpb_cols();
@@ -168,8 +168,8 @@ struct BiasPairs {
     }
     void add(index_t, index_t j, const C* grad_logits) const {
         C* sum = table + j;
-        for (index_t k = 0; k < at.across.kernel; ++k, sum += at.plan.cols_padded)
-            store(sum, load(sum) + load(grad_logits + k * L));
+        const index_t keys = at.across.kernel, step = at.plan.cols_padded;
+        for (index_t k = 0; k < keys; ++k, sum += step) store(sum, load(sum) + load(grad_logits + k * L));
     }
     void reduce(C* rpb) const {
         memset(mirror, 0, mirror_bytes());

@@ -39,9 +39,9 @@ struct Dots {
 template <class C, int R, int N, Keys Mode>
 void dots_tile(const Dots<C>& a, index_t first) {
     constexpr index_t L = lanes<C>;
-    // Accumulators, a query vector for each row, a key and a permutation: one more than 16 registers hold. GCC takes a
-    // query from memory then, clang would spill accumulators.
-    constexpr bool kTight = Mode == Keys::Permuted && R * N + R + 2 > NAT_VECTOR_REGISTERS;
+    // Accumulators, a query vector for each row, a key and a permutation can be more than there are registers. GCC
+    // takes a query from memory then; clang must be made to, else it spills accumulators.
+    constexpr bool kReloadQuery = kClang && Mode == Keys::Permuted && R * N + R + 2 > NAT_VECTOR_REGISTERS;
     vec<C> acc[R][N];
     NAT_UNROLL(8)
     for (int r = 0; r < R; ++r) {
@@ -60,7 +60,7 @@ void dots_tile(const Dots<C>& a, index_t first) {
             const vec<C> k = Mode == Keys::Splat     ? splat(*p)
                              : Mode == Keys::Shifted ? load(p)
                                                      : permute<C>(load(p), from);
-            if (kTight) query[R - 1] = load_again(a.query[R - 1] + i * L);
+            if (kReloadQuery) query[R - 1] = load_again(a.query[R - 1] + i * L);
             NAT_UNROLL(8)
             for (int r = 0; r < R; ++r) acc[r][n] += query[r] * k;
         }

@@ -39,6 +39,12 @@
 
 namespace {
 
+#if defined(__clang__)
+constexpr bool kClang = true;
+#else
+constexpr bool kClang = false;
+#endif
+
 using index_t = ptrdiff_t;
 
 template <class C>
@@ -71,12 +77,10 @@ template <class C>
 NAT_INLINE void store(C* p, vec<C> x) {
     *(typename Vector<C>::loose*)p = x;
 }
-// A load that clang does not merge with another of the same address, so that it can be an operand of an instruction.
+// A load that the compiler does not merge with another of the same address: it can be an operand of an instruction.
 template <class C>
 NAT_INLINE vec<C> load_again(const C* p) {
-#if defined(__clang__)
     asm volatile("" : "+r"(p));
-#endif
     return load(p);
 }
 template <class C>
