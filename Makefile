@@ -23,11 +23,12 @@ test-slow: $(VENV)/.installed-test
 
 # The kernel built with ASan and UBSan, over its whole grid.
 test-sanitize: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m slow tests/test_cpu.py -k sanitizers
+	$(BIN)/python -m pytest -m slow tests/ops/test_native.py -k sanitizers
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror nat_models/ops/csrc/*.h nat_models/ops/csrc/*.cpp
 
 bench: $(VENV)/.installed-demo
 	mkdir -p output/bench

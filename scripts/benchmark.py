@@ -154,7 +154,7 @@ def op(args: argparse.Namespace) -> list[dict]:
         forward = partial(ops.na2d_packed, qkv, rpb, *WINDOW)
         if native:  # as networks call it without gradients
             (kernel_size, dilation, scale), bias = WINDOW, cpu.as_rpb(rpb, args.dtype)
-            forward = partial(ops.na2d_packed_inference, qkv, bias, *kernel_size, *dilation, scale)
+            forward = partial(ops.na2d_qkvpacked_inference, qkv, bias, *kernel_size, *dilation, scale)
         contestants = {
             ours: forward,
             f"{ours} backward": partial(ops.na2d_packed_backward, grad, qkv, rpb, *WINDOW),

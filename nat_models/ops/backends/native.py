@@ -1,7 +1,8 @@
-"""The C++ kernel: found, loaded at first use and called through its C ABI (ops/csrc)."""
+"""The C++ kernel: found, loaded at first use and called through its C ABI (ops/csrc/abi.h)."""
 
 import ctypes
 import functools
+import itertools
 import os
 import struct
 import sysconfig
@@ -31,27 +32,17 @@ _SIGNATURES = {
     "nat_select_isa": (ctypes.c_int32, [ctypes.c_char_p]),
     "nat_isa": (ctypes.c_char_p, []),
     "nat_call_size": (ctypes.c_int64, []),
+    "nat_torch_size": (ctypes.c_int64, []),
+    "nat_torch_function": (ctypes.c_char_p, [ctypes.c_int64]),
     "nat_register": (ctypes.c_int32, [ctypes.c_void_p]),
 }
 
 # torch's own parallel_for and the number of its threads, so that torch.set_num_threads holds.
 _THREADS = ("torch_parallel_for", "torch_get_num_threads")
-_REGISTRATION = (  # nat_torch of csrc/na2d.h
-    "aoti_torch_library_init_impl",
-    "aoti_torch_library_impl",
-    "aoti_torch_get_dim",
-    "aoti_torch_get_sizes",
-    "aoti_torch_get_strides",
-    "aoti_torch_get_dtype",
-    "aoti_torch_get_data_ptr",
-    "aoti_torch_empty_strided",
-    "aoti_torch_delete_tensor_object",
-    "aoti_torch_device_type_cpu",
-    "aoti_torch_dtype_float32",
-    "aoti_torch_dtype_float64",
-    "aoti_torch_dtype_bfloat16",
-    "aoti_torch_dtype_float16",
-)
+
+# What a user whose kernel is missing or stale can do about it.
+_REINSTALL = "pip install --force-reinstall --no-deps ."
+_MEND = f"install a C++ compiler (`apt install g++`, `xcode-select --install`), then `{_REINSTALL}` in the clone"
 
 
 def _find() -> Path:
@@ -62,7 +53,8 @@ def _find() -> Path:
         if (folder / _LIBRARY).exists():
             return folder / _LIBRARY
     raise FileNotFoundError(
-        f"{_LIBRARY} was not built: the install found no C++ compiler. Looked in {', '.join(map(str, folders))}"
+        f"{_LIBRARY} was not built, most likely for want of a C++ compiler: {_MEND}."
+        f" Looked in {', '.join(map(str, folders))}"
     )
 
 
@@ -72,21 +64,36 @@ def _load() -> ctypes.CDLL:
     path = _find()
     library = ctypes.CDLL(str(path))
     for name, (restype, argtypes) in _SIGNATURES.items():
-        function = getattr(library, name)
+        function = getattr(library, name, None)
+        if function is None:
+            raise RuntimeError(f"{path} was built for another version: it has no {name}; `{_REINSTALL}` in the clone")
         function.restype, function.argtypes = restype, argtypes
-    if library.nat_call_size() != _CALL.size:
-        raise RuntimeError(
-            f"{path} was built for another version: its calls take {library.nat_call_size()} bytes, not {_CALL.size}"
-        )
+    registration = _registration_functions(library)
+    sizes = {
+        "nat_na2d_call": (library.nat_call_size(), _CALL.size),
+        "nat_torch": (library.nat_torch_size(), len(registration) * ctypes.sizeof(ctypes.c_void_p)),
+    }
+    for name, (actual, expected) in sizes.items():
+        if actual != expected:
+            raise RuntimeError(
+                f"{path} was built for another version: its {name} takes {actual} bytes, not {expected};"
+                f" `{_REINSTALL}` in the clone"
+            )
     isa = os.environ.get(_ISA_VARIABLE, "")
     status = library.nat_select_isa(isa.encode())
     if status:
         why = "unknown to this build" if status == 1 else "beyond this CPU"
         raise RuntimeError(f"{_ISA_VARIABLE}={isa!r} is {why}, known are baseline, avx2 and avx512")
     library.nat_set_threads(*_torch_functions(_THREADS))
-    if all(registration := _torch_functions(_REGISTRATION)):
+    if all(registration):
         library.nat_register((ctypes.c_void_p * len(registration))(*registration))
     return library
+
+
+def _registration_functions(library: ctypes.CDLL) -> tuple[int | None, ...]:
+    """The library's nat_torch: what its registered operator needs of torch, in the library's order."""
+    names = map(library.nat_torch_function, itertools.count())
+    return _torch_functions(tuple(name.decode() for name in itertools.takewhile(bool, names)))
 
 
 @functools.cache
@@ -120,7 +127,7 @@ def available() -> tuple[bool, str]:
     """Whether the kernel can run, and what it runs on or why it cannot."""
     try:
         library = _load()
-    except (OSError, RuntimeError, AttributeError) as error:
+    except (OSError, RuntimeError) as error:
         return False, str(error)
     return True, f"{library.nat_isa().decode()}, {'torch threads' if all(_torch_functions(_THREADS)) else 'one thread'}"
 

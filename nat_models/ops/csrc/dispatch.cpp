@@ -3,8 +3,6 @@
 
 #include "isa.h"
 
-#define NAT_EXPORT extern "C" __attribute__((visibility("default")))
-
 namespace {
 
 struct Isa {
@@ -13,7 +11,8 @@ struct Isa {
     bool (*supported)();
 };
 
-const Isa kIsas[] = {  // best first
+// Best first.
+const Isa kIsas[] = {
 #ifdef NAT_X86
     {"avx512", nat_na2d_avx512,
      [] {

@@ -1,6 +1,6 @@
 // The instruction sets one library carries. NAT_ENTRY names the one being compiled; the build defines it.
 #pragma once
-#include "na2d.h"
+#include "abi.h"
 
 typedef int32_t nat_entry(const nat_na2d_call* call, int32_t backward, nat_parallel_for run, int64_t threads);
 

@@ -1,4 +1,4 @@
-// torch.ops.nat_models.na2d_packed_inference on a CPU, registered through torch's C shim.
+// torch.ops.nat_models.na2d_qkvpacked_inference on a CPU, registered through torch's C shim.
 #include <stdint.h>
 #include <string.h>
 
@@ -6,14 +6,14 @@
 #include <stdexcept>
 #include <string>
 
-#include "na2d.h"
+#include "abi.h"
 
 namespace {
 
 nat_torch torch;
 
 void check(int32_t status) {
-    if (status) throw std::runtime_error("na2d_packed_inference: status " + std::to_string(status) + " from torch");
+    if (status) throw std::runtime_error("na2d_qkvpacked_inference: status " + std::to_string(status) + " from torch");
 }
 
 // A tensor that the stack handed over and this owns.
@@ -53,12 +53,12 @@ int64_t dtype_of(const Tensor& tensor, int64_t& bytes) {
     if (bytes == 8) return NAT_FLOAT64;
     if (dtype == torch.dtype_bfloat16()) return NAT_BFLOAT16;
     if (dtype == torch.dtype_float16()) return NAT_FLOAT16;
-    throw std::runtime_error("na2d_packed_inference: qkv must be float32, float64, bfloat16 or float16");
+    throw std::runtime_error("na2d_qkvpacked_inference: qkv must be float32, float64, bfloat16 or float16");
 }
 
 // (Tensor qkv [B, H, W, 3, heads, head_dim], Tensor rpb, int kernel_height, kernel_width, dilation_height,
 // dilation_width, float scale) -> Tensor [B, H, W, heads, head_dim]; the result takes the place of the first argument.
-void na2d_packed_inference(uint64_t* stack, uint64_t, uint64_t) {
+void na2d_qkvpacked_inference(uint64_t* stack, uint64_t, uint64_t) {
     const Tensor qkv(stack[0]), rpb(stack[1]);
     nat_na2d_call call = {};
     for (int i = 0; i < 2; ++i) {
@@ -70,15 +70,15 @@ void na2d_packed_inference(uint64_t* stack, uint64_t, uint64_t) {
     int64_t bytes;
     call.dtype = dtype_of(qkv, bytes);
     const int32_t rpb_dtype = call.dtype == NAT_FLOAT64 ? torch.dtype_float64() : torch.dtype_float32();
-    // The package has checked shapes; these are its promises to this kernel, kept for whoever calls the operator itself.
+    // The package checks shapes before it calls; whoever calls the operator itself may not have.
     bool fits = true;
     for (int i = 0; i < 2; ++i) fits = fits && call.kernel[i] >= 3 && call.kernel[i] % 2 && call.dilation[i] >= 1;
     fits = fits && qkv.dim == 6 && qkv.size[3] == 3 && (qkv.size[5] == 1 || qkv.stride[5] == 1) && rpb.dim == 3 &&
            rpb.dtype() == rpb_dtype && rpb.contiguous() && rpb.size[0] == qkv.size[4] &&
-           rpb.size[1] == 2 * call.kernel[0] - 1 && rpb.size[2] == 2 * call.kernel[1] - 1 &&
-           call.kernel[0] * call.dilation[0] <= qkv.size[1] &&
-           call.kernel[1] * call.dilation[1] <= qkv.size[2];
-    if (!fits) throw std::runtime_error("na2d_packed_inference: arguments that nat_models.na2d_packed would not pass");
+           rpb.size[1] == 2 * call.kernel[0] - 1 && rpb.size[2] == 2 * call.kernel[1] - 1;
+    // A quotient, because the product of any two numbers may overflow.
+    for (int i = 0; i < 2; ++i) fits = fits && call.kernel[i] <= qkv.size[1 + i] / call.dilation[i];
+    if (!fits) throw std::runtime_error("na2d_qkvpacked_inference: arguments that nat_models.na2d would not pass");
 
     call.batch = qkv.size[0];
     call.height = qkv.size[1];
@@ -111,11 +111,21 @@ void na2d_packed_inference(uint64_t* stack, uint64_t, uint64_t) {
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) int32_t nat_register(const nat_torch* functions) {
+NAT_EXPORT const char* nat_torch_function(int64_t index) {
+#define NAT_NAME(name, parameters) "aoti_torch_" #name,
+    static const char* const names[] = {NAT_TORCH_FUNCTIONS(NAT_NAME)};
+#undef NAT_NAME
+    const int64_t count = sizeof names / sizeof *names;
+    return index >= 0 && index < count ? names[index] : nullptr;
+}
+
+NAT_EXPORT int64_t nat_torch_size(void) { return sizeof(nat_torch); }
+
+NAT_EXPORT int32_t nat_register(const nat_torch* functions) {
     static std::atomic<bool> done{false};
     if (done.exchange(true)) return 0;
     torch = *functions;
     void* library = nullptr;  // never freed: that would take the kernel back
-    const int32_t status = torch.library_init_impl("nat_models", "CPU", "operator.cpp", __LINE__, &library);
-    return status ? status : torch.library_impl(library, "na2d_packed_inference", na2d_packed_inference);
+    const int32_t status = torch.library_init_impl("nat_models", "CPU", "torch_shim.cpp", __LINE__, &library);
+    return status ? status : torch.library_impl(library, "na2d_qkvpacked_inference", na2d_qkvpacked_inference);
 }

@@ -2,7 +2,7 @@
 //   dots:  lanes are queries.  logits[query row r][key n] += q[r][i] * k[n][i] over the head_dim i (QK^T, dO V^T).
 //   blend: lanes are head_dim. acc[t] += weight[source][t] * source row (PV, dS K, dS^T Q, P^T dO).
 #pragma once
-#include "vec.h"
+#include "simd.h"
 
 namespace {
 
@@ -11,10 +11,10 @@ constexpr int kDotRows = NAT_VECTOR_REGISTERS == 32 ? 4 : 3;
 constexpr int kDotKeys = NAT_VECTOR_REGISTERS == 32 ? 7 : 4;
 constexpr int kBlendMax = NAT_VECTOR_REGISTERS == 32 ? 8 : 6;
 
-// Parts a run of n is cut into so that none exceeds `most` and none is much smaller than the others.
+// Parts a run of n is cut into so that none exceeds `limit` and none is much smaller than the others.
 struct Cut {
     index_t parts, n;
-    Cut(index_t n, index_t most) : parts((n + most - 1) / most), n(n) {}
+    Cut(index_t n, index_t limit) : parts((n + limit - 1) / limit), n(n) {}
     index_t begin(index_t part) const { return part * n / parts; }
 };
 
@@ -39,29 +39,36 @@ struct Dots {
 template <class C, int R, int N, Keys Mode>
 void dots_tile(const Dots<C>& a, index_t first) {
     constexpr index_t L = lanes<C>;
+    // Accumulators, a query vector for each row, a key and a permutation can be more than there are registers. GCC
+    // takes a query from memory then; clang must be made to, else it spills accumulators.
+    constexpr bool kReloadQuery = kClang && Mode == Keys::Permuted && R * N + R + 2 > NAT_VECTOR_REGISTERS;
     vec<C> acc[R][N];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
+    NAT_UNROLL(8)
+    for (int r = 0; r < R; ++r) {
+        NAT_UNROLL(8)
         for (int n = 0; n < N; ++n) acc[r][n] = a.bias[0] ? load(a.bias[r] + (first + n) * a.bias_step) : vec<C>{};
+    }
     const C* key = a.key + first * a.key_step;
     const bits<C> from = a.from;
     for (index_t i = 0; i < a.depth; ++i, key += a.key_depth_step) {
         vec<C> query[R];
-#pragma GCC unroll 8
+        NAT_UNROLL(8)
         for (int r = 0; r < R; ++r) query[r] = load(a.query[r] + i * L);
-#pragma GCC unroll 8
+        NAT_UNROLL(8)
         for (int n = 0; n < N; ++n) {
             const C* p = key + n * a.key_step;
-            const vec<C> k = Mode == Keys::Splat ? splat(*p) : Mode == Keys::Shifted ? load(p) : permute<C>(load(p), from);
-#pragma GCC unroll 8
+            const vec<C> k = Mode == Keys::Splat     ? splat(*p)
+                             : Mode == Keys::Shifted ? load(p)
+                                                     : permute<C>(load(p), from);
+            if (kReloadQuery) query[R - 1] = load_again(a.query[R - 1] + i * L);
+            NAT_UNROLL(8)
             for (int r = 0; r < R; ++r) acc[r][n] += query[r] * k;
         }
     }
-#pragma GCC unroll 8
+    NAT_UNROLL(8)
     for (int r = 0; r < R; ++r) {
         C* out = a.out[r] + first * L;
-#pragma GCC unroll 8
+        NAT_UNROLL(8)
         for (int n = 0; n < N; ++n) store(out + n * L, acc[r][n]);
     }
 }
@@ -72,8 +79,8 @@ void dots(const Dots<C>& a, index_t rows, index_t keys) {
     using Tile = void (*)(const Dots<C>&, index_t);
 #define NAT_TILE(r, n) dots_tile<C, (r < kDotRows ? r : kDotRows), (n < kDotKeys ? n : kDotKeys), Mode>
 #define NAT_ROW(r) \
-    {NAT_TILE(r, 1), NAT_TILE(r, 2), NAT_TILE(r, 3), NAT_TILE(r, 4), NAT_TILE(r, 5), NAT_TILE(r, 6), NAT_TILE(r, 7)}
-    static constexpr Tile tiles[4][7] = {NAT_ROW(1), NAT_ROW(2), NAT_ROW(3), NAT_ROW(4)};
+    NAT_TILE(r, 1), NAT_TILE(r, 2), NAT_TILE(r, 3), NAT_TILE(r, 4), NAT_TILE(r, 5), NAT_TILE(r, 6), NAT_TILE(r, 7)
+    static constexpr Tile tiles[4][7] = {{NAT_ROW(1)}, {NAT_ROW(2)}, {NAT_ROW(3)}, {NAT_ROW(4)}};
 #undef NAT_ROW
 #undef NAT_TILE
     const Cut cut(keys, kDotKeys);
@@ -91,23 +98,23 @@ struct Reach {
 };
 template <class C>
 struct Segment {
-    const C* row;  // source 0, `padded` elements per source
+    const C* row;  // source 0, `dim_padded` elements per source
     const C* weight;
     const Reach* reach;
 };
 
 template <class C, int T, int N>
 NAT_INLINE void blend_source(vec<C> (&acc)[T][N], const C* row, const C* weight, const Reach& s, index_t i,
-                             index_t padded, int first, int last) {
+                             index_t dim_padded, int first, int last) {
     vec<C> x[N];
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) x[n] = load(row + i * padded + n * lanes<C>);
+    NAT_UNROLL(4)
+    for (int n = 0; n < N; ++n) x[n] = load(row + i * dim_padded + n * lanes<C>);
     const C* w = weight + i * s.source_step;
-#pragma GCC unroll 8
+    NAT_UNROLL(8)
     for (int t = 0; t < T; ++t)
         if (t >= first && t <= last) {
             const vec<C> p = splat(w[t * s.target_step]);
-#pragma GCC unroll 4
+            NAT_UNROLL(4)
             for (int n = 0; n < N; ++n) acc[t][n] += p * x[n];
         }
 }
@@ -116,38 +123,39 @@ NAT_INLINE void blend_source(vec<C> (&acc)[T][N], const C* row, const C* weight,
 template <class C>
 struct Blend {
     const Segment<C>* segments;
-    index_t count, row, weight, width, padded;
+    index_t count, row, weight, width, dim_padded;
 };
 
 // out[t] = scale[t] * sum over segments; T <= width + 1, so that a band is a triangle, full columns, a triangle.
 template <class C, int T, int N>
 void blend_tile(const Blend<C>& a, index_t column, const C* scale, C* out) {
-    const index_t padded = a.padded, width = a.width;
+    const index_t dim_padded = a.dim_padded, width = a.width;
     vec<C> acc[T][N] = {};
     for (index_t k = 0; k < a.count; ++k) {
         const C* const row = a.segments[k].row + a.row + column;
         const C* const weight = a.segments[k].weight + a.weight;
         const Reach s = *a.segments[k].reach;
         const auto add = [&](index_t i, int first, int last) NAT_LAMBDA_INLINE {
-            blend_source<C, T, N>(acc, row, weight, s, i, padded, first, last);
+            blend_source<C, T, N>(acc, row, weight, s, i, dim_padded, first, last);
         };
         if (!s.band) {
             for (index_t i = s.begin; i < s.end; ++i) add(i, 0, T - 1);
             continue;
         }
-#pragma GCC unroll 8
+        NAT_UNROLL(8)
         for (int i = 0; i < T - 1; ++i)
             if (i >= s.begin && i < s.end) add(i, 0, i);
         const index_t stop = width < s.end ? width : s.end;
         for (index_t i = s.begin > T - 1 ? s.begin : T - 1; i < stop; ++i) add(i, 0, T - 1);
-#pragma GCC unroll 8
+        NAT_UNROLL(8)
         for (int i = 0; i < T - 1; ++i)
             if (width + i >= s.begin && width + i < s.end) add(width + i, i + 1, T - 1);
     }
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t)
-#pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) store(out + t * padded + n * lanes<C>, acc[t][n] * scale[t]);
+    NAT_UNROLL(8)
+    for (int t = 0; t < T; ++t) {
+        NAT_UNROLL(4)
+        for (int n = 0; n < N; ++n) store(out + t * dim_padded + n * lanes<C>, acc[t][n] * scale[t]);
+    }
 }
 
 // One tile of `targets` <= kBlendMax output rows, all of head_dim: two vectors at a time, then one.
@@ -155,13 +163,14 @@ template <class C>
 void blend(const Blend<C>& a, index_t targets, const C* scale, C* out) {
     using Tile = void (*)(const Blend<C>&, index_t, const C*, C*);
 #define NAT_TILE(t, n) blend_tile<C, (t < kBlendMax ? t : kBlendMax), n>
-#define NAT_ROW(n) \
-    {NAT_TILE(1, n), NAT_TILE(2, n), NAT_TILE(3, n), NAT_TILE(4, n), NAT_TILE(5, n), NAT_TILE(6, n), NAT_TILE(7, n), NAT_TILE(8, n)}
-    static constexpr Tile tiles[2][8] = {NAT_ROW(1), NAT_ROW(2)};
+#define NAT_ROW(n)                                                                                                  \
+    NAT_TILE(1, n), NAT_TILE(2, n), NAT_TILE(3, n), NAT_TILE(4, n), NAT_TILE(5, n), NAT_TILE(6, n), NAT_TILE(7, n), \
+        NAT_TILE(8, n)
+    static constexpr Tile tiles[2][8] = {{NAT_ROW(1)}, {NAT_ROW(2)}};
 #undef NAT_ROW
 #undef NAT_TILE
-    for (index_t i = 0; i < a.padded;) {
-        const index_t n = a.padded - i >= 2 * lanes<C> ? 2 : 1;
+    for (index_t i = 0; i < a.dim_padded;) {
+        const index_t n = a.dim_padded - i >= 2 * lanes<C> ? 2 : 1;
         tiles[n - 1][targets - 1](a, i, scale, out + i);
         i += n * lanes<C>;
     }
