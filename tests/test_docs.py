@@ -1,4 +1,5 @@
-"""The README's how-tos run as printed: its Python, and its commands but for make, which calls this suite."""
+"""The how-tos of README.md and docs/ run as printed: their Python, and their commands but for make, which calls this
+suite."""
 
 import os
 import re
@@ -17,7 +18,12 @@ from tests.conftest import original_state_dict
 from tests.hub import Hub, client_environment
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"^```(python|bash)\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+# page: how many blocks of it run
+PAGES = {"README.md": 7, "docs/inference.md": 2, "docs/export.md": 2, "docs/operator.md": 1, "docs/benchmarks.md": 0}
+
+
+def _blocks(page: str) -> list[str]:
+    return re.findall(r"^```(?:python|bash)\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -43,39 +49,54 @@ def desk(tmp_path_factory) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             photo.crop((40 * i, 20 * i, 40 * i + 240, 20 * i + 240)).save(path)
     torch.save(original_state_dict("nat_tiny"), desk / "nat_tiny.pth")
-    for name in ("scripts", "configs"):
-        (desk / name).symlink_to(ROOT / name)
     return desk
 
 
 def _command(block: str) -> list[str]:
-    if block.startswith("python "):
-        words = shlex.split(block)
-        # The one thing that is not run as printed: 30 epochs are 1.
-        words = ["1" if words[i - 1] == "--epochs" else word for i, word in enumerate(words)]
-        if "--epochs" in words:
-            words += ["--warmup-epochs", "0", "--workers", "0", "--batch-size", "4", "--val-fraction", "0.4"]
-        return [sys.executable, *words[1:]]
-    return [sys.executable, "-c", block]
+    words = shlex.split(block) if block.startswith("nat-models ") else []
+    if not words:
+        return [sys.executable, "-c", block]
+    # The one thing that is not run as printed: 30 epochs are 1.
+    words = ["1" if words[i - 1] == "--epochs" else word for i, word in enumerate(words)]
+    if "--epochs" in words:
+        words += ["--warmup-epochs", "0", "--workers", "0", "--batch-size", "4", "--val-fraction", "0.4"]
+    return [sys.executable, "-m", "nat_models", *words[1:]]
+
+
+def test_every_page_is_known():
+    assert set(PAGES) == {"README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))}
 
 
 # In order: a later block reads what an earlier one wrote.
-def test_how_tos_run_as_printed(hub, desk):
+@pytest.mark.parametrize("page", PAGES)
+def test_how_tos_run_as_printed(page, hub, desk):
     environment = {**os.environ, **client_environment(hub.endpoint, desk / "cache"), "PYTHONPATH": str(ROOT)}
     ran = 0
-    for _, block in BLOCKS:
+    for block in _blocks(page):
         if block.startswith("make "):
             continue
         run = subprocess.run(_command(block), cwd=desk, env=environment, capture_output=True, text=True)
         assert run.returncode == 0, f"{block}\n{run.stdout}\n{run.stderr}"
         ran += 1
-    assert ran == 12
-    assert {"summary.csv", "curve.png", "best", "last"} <= {f.name for f in (desk / "output").iterdir()}
-    assert (desk / "features.safetensors").is_file()
+    assert ran == PAGES[page]
+    if page == "README.md":
+        assert {"summary.csv", "curve.png", "best", "last"} <= {f.name for f in (desk / "output").iterdir()}
+        assert (desk / "features.safetensors").is_file()
 
 
 def test_the_two_commands_are_targets_of_the_makefile():
-    targets = re.findall(r"^make ([\w-]+)", "\n".join(block for _, block in BLOCKS), re.MULTILINE)
+    targets = re.findall(r"^make ([\w-]+)", "\n".join(_blocks("README.md")), re.MULTILINE)
     makefile = (ROOT / "Makefile").read_text()
     assert targets == ["demo", "test"]
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "weights/README.md", *PAGES])
+def test_what_a_page_links_to_is_there(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / page).read_text())
+    missing = [link for link in links if not ((ROOT / page).parent / link).exists()]
+    assert missing == []
+
+
+def test_the_readme_fits_on_a_few_screens():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
