@@ -17,7 +17,7 @@ COMMANDS = {
     "train": "fine-tune or train a model on a folder of images",
     "features": "write the pooled features of a folder of images",
     "export": "write a model to one file that runs without this package",
-    "info": "print versions, models, and what the attention runs on here and why (as without a command)",
+    "info": "print versions, published weights, and what the attention runs on here and why (as without a command)",
 }
 
 
