@@ -3,7 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-sanitize lint bench clean
+# Python 3.10 where it is found, also as one of pyenv's.
+PYTHON_OLDEST ?= $(firstword $(shell python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null; \
+	ls ~/.pyenv/versions/3.10.*/bin/python 2>/dev/null; echo python3))
+PYTHON_NEWEST ?= $(PYTHON)
+# What is held against the oldest and the newest dependencies: all that works without extras.
+PROGRAMS := training commands scripts test_export.py test_docs.py
+CORE_TESTS := -m "not slow" $(PROGRAMS:%=--ignore=tests/%)
+
+.PHONY: demo test test-slow test-sanitize test-oldest test-newest lint bench clean
 
 # One stamp per set of extras, redone when pyproject.toml or the kernel changes.
 $(VENV)/.installed-%: pyproject.toml $(wildcard nat_models/ops/csrc/*)
@@ -25,6 +33,27 @@ test-slow: $(VENV)/.installed-test
 test-sanitize: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow tests/ops/test_native.py -k sanitizers
 
+# The bounds that pyproject.toml declares: exactly the lowest versions, then the newest that there are today.
+.venv-oldest/.installed: pyproject.toml scripts/bounds.py $(wildcard nat_models/ops/csrc/*)
+	rm -rf .venv-oldest
+	$(PYTHON_OLDEST) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --upgrade pip
+	.venv-oldest/bin/pip install --quiet --no-deps --editable .
+	.venv-oldest/bin/python scripts/bounds.py > .venv-oldest/bounds.txt
+	cat .venv-oldest/bounds.txt
+	.venv-oldest/bin/pip install --quiet --requirement .venv-oldest/bounds.txt pytest
+	.venv-oldest/bin/pip check
+	touch $@
+
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/python -m pytest $(CORE_TESTS)
+
+test-newest:
+	test -x .venv-newest/bin/python || $(PYTHON_NEWEST) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --upgrade pip
+	.venv-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable . pytest
+	.venv-newest/bin/python -m pytest $(CORE_TESTS)
+
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -37,4 +66,4 @@ bench: $(VENV)/.installed-demo
 	done
 
 clean:
-	rm -rf $(VENV) build demo output
+	rm -rf $(VENV) .venv-oldest .venv-newest build demo output

@@ -99,8 +99,15 @@ def test_the_authors_layout_on_a_hub_loads_too(hub, tmp_path):
 
 
 def test_hf_hub_repositories_in_timm_format_load(hub, tmp_path):
-    model = create_model("nat_mini", embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), num_classes=3).eval()
-    save_for_hf(model, tmp_path / "repo", model_config=dict(label_names=["a", "b", "c"]), safe_serialization=True)
+    model_args = dict(embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))
+    model = create_model("nat_mini", num_classes=3, **model_args).eval()
+    save_for_hf(
+        model,
+        tmp_path / "repo",
+        model_config=dict(label_names=["a", "b", "c"]),
+        model_args=model_args,  # timm before 1.0.31 does not record them itself
+        safe_serialization=True,
+    )
     hub.files["someone/fine-tune"] = {f.name: f.read_bytes() for f in (tmp_path / "repo").iterdir()}
     x = torch.linspace(-2, 2, 3 * 64 * 64).sin().view(1, 3, 64, 64)
     code = """

@@ -55,15 +55,16 @@ def test_compiles_as_one_graph(dynamic):
     torch.testing.assert_close(gradients(output, inputs), gradients(expected, inputs))
 
 
+@pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize(("name", "is_node"), [(None, False), ("native", True), ("blocked", True)])
-def test_exports_as_tensor_operations_or_as_the_node_asked_for(name, is_node):
+def test_exports_as_tensor_operations_or_as_the_node_asked_for(name, is_node, strict):
     class Attend(torch.nn.Module):
         def forward(self, query, key, value, rpb):
             return na2d(query, key, value, kernel_size=3, rpb=rpb)
 
     inputs = make_inputs(2, 9, 12, 2, 8, (3, 3), torch.float32)
     with use_backend(name):
-        program = torch.export.export(Attend(), tuple(inputs))
+        program = torch.export.export(Attend(), tuple(inputs), strict=strict)
     assert ("nat_models" in {getattr(node.target, "namespace", "") for node in program.graph.nodes}) is is_node
     torch.testing.assert_close(program.module()(*inputs), Attend()(*inputs))
 
