@@ -62,7 +62,7 @@ lint: $(VENV)/.installed-test
 bench: $(VENV)/.installed-demo
 	mkdir -p output/bench
 	set -e; for suite in op layer model step memory growth; do \
-		$(BIN)/python scripts/benchmark.py $$suite --json output/bench/$$suite.json --plot output/bench/$$suite.png; \
+		$(BIN)/python -m scripts.benchmark $$suite --json output/bench/$$suite.json --plot output/bench/$$suite.png; \
 	done
 
 clean:

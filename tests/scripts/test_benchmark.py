@@ -1,4 +1,4 @@
-"""Promises of scripts/benchmark.py, on maps and images small enough for seconds."""
+"""Promises of `python -m scripts.benchmark`, on maps and images small enough for seconds."""
 
 import functools
 import io
@@ -13,12 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-import benchmark as script
-import measure
-from measure import interleaved, peak_mib
-
-from nat_models.ops import cpu
+from nat_models.ops.backends import native
+from scripts.benchmark import __main__ as script
+from scripts.benchmark import measure, suites
+from scripts.benchmark.measure import interleaved, peak_mib
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="peak memory on a CPU is read from Linux")
 
@@ -28,7 +26,7 @@ def _small():
     small = dict(LEVELS=[(8, 9, 1)], LAYERS=[(32, 14)], GEMM_SIZE=64, SIZE=32, SIZES=[32, 64])
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name, value in small.items():
-            monkeypatch.setattr(script, name, value)
+            monkeypatch.setattr(suites, name, value)
         yield
 
 
@@ -127,7 +125,7 @@ COLUMNS = {
     "tiles": {"map", "4 x 4 ms", "7 x 7 ms", "whole map ms"},
 }
 SUITES = [
-    pytest.param("op", marks=pytest.mark.skipif(not cpu.available()[0], reason="the native kernel was not built")),
+    pytest.param("op", marks=pytest.mark.skipif(not native.available()[0], reason="the native kernel was not built")),
     *(pytest.param(suite, marks=needs_linux) for suite in ("layer", "memory")),
     *("model", "step", "growth", "gemm", "dtype", "tiles"),
 ]
@@ -149,7 +147,7 @@ def ran(tmp_path_factory):
         flags = ["--seconds", "0.01", "--json", f"{folder / 'rows.json'}"]
         if suite in script.PLOTS:
             flags += ["--plot", f"{folder / 'rows.png'}"]
-        if suite in script.MODELS:
+        if suite in suites.MODELS:
             flags += ["--models", *(["convnext_tiny", "nat_tiny", "resnet18"] if suite == "model" else []), "nat_mini"]
         with no_peers(), redirect_stdout(io.StringIO()) as printed:
             script.main([suite, *flags])
@@ -206,9 +204,9 @@ def test_a_step_needs_memory_for_its_gradients(ran):
 
 def optional_peers() -> tuple[dict, list[str]]:
     args = script.parse_args(["op"])
-    qkv, _, rpb = script._inputs(args, 8, 9, 2)
+    qkv, _, rpb = suites._inputs(args, 8, 9, 2)
     with torch.no_grad():
-        return script._optional_peers(args, *qkv.unbind(3), rpb), args.notes
+        return suites._optional_peers(args, *qkv.unbind(3), rpb), args.notes
 
 
 def test_a_peer_that_is_missing_or_fails_is_named_with_its_reason():
@@ -231,7 +229,7 @@ def test_natten_computes_the_operator(monkeypatch):
 
 
 def test_a_peer_that_computes_something_else_is_left_out(monkeypatch):
-    monkeypatch.setattr(script, "_natten", lambda q, k, v: lambda: v)
+    monkeypatch.setattr(suites, "_natten", lambda q, k, v: lambda: v)
     with no_peers():
         peers, notes = optional_peers()
     assert peers == {}

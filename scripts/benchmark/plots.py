@@ -1,4 +1,4 @@
-"""Tables and pictures of what scripts/benchmark.py measured. A row is a dict, what identifies it comes first."""
+"""Tables and pictures of what the benchmark measured. A row is a dict, what identifies it comes first."""
 
 import io
 from functools import partial

@@ -1,44 +1,26 @@
-"""Speed and memory of neighborhood attention and its networks, measured side by side with their peers.
-
-    python scripts/benchmark.py                     # op: the operator at NAT-Tiny's four levels
-    python scripts/benchmark.py layer --batch 8     # the attention layer against timm's shifted-window attention
-    python scripts/benchmark.py model --batch 8     # networks, images per second
-    python scripts/benchmark.py step --batch 8      # training steps: forward, backward, AdamW
-    python scripts/benchmark.py memory --batch 8    # networks, peak memory of a forward and of a step
-    python scripts/benchmark.py growth              # networks, time per pixel from 224 to 1024 px
-    python scripts/benchmark.py gemm                # networks against their own linear layers and convolutions alone
-    python scripts/benchmark.py dtype               # networks, bfloat16 against float32
-    python scripts/benchmark.py compiled            # networks, eager, fused and compiled; compiling takes minutes
-    python scripts/benchmark.py tiles               # which tile the blocked backend should use, forward and backward
-
-Contestants are timed in one process, in turn; medians and ratios are printed, so that a drifting machine hurts everyone
-alike. measure.py says how time and memory are measured. --json keeps the rows, --plot draws them.
-"""
+"""What is measured: suites, each a function of the flags that returns the rows of a table."""
 
 import argparse
 import copy
-import json
-import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import date
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
-from measure import Call, interleaved, machine, peak_mib
-from report import PLOTS, plot, print_table, short
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from train import write_atomically
 
 from nat_models import NeighborhoodAttention2d, fuse
-from nat_models.ops import blocked, cpu, use_backend
+from nat_models.ops import use_backend
+from nat_models.ops.backends import blocked, native
+
+from .measure import Call, interleaved, peak_mib
+from .plots import short
 
 # height, width, num_heads of NAT-Tiny's levels at 224 px; head_dim 32, kernel 7.
 LEVELS = [(56, 56, 2), (28, 28, 4), (14, 14, 8), (7, 7, 16)]
@@ -126,7 +108,7 @@ def _optional_peers(args: argparse.Namespace, q: Tensor, k: Tensor, v: Tensor, r
             # Loose enough for any rounding, tight enough to tell another operator.
             tolerance = torch.finfo(args.dtype).eps ** 0.5
             torch.testing.assert_close(run(), blocked.na2d(q, k, v, bias, *WINDOW), atol=tolerance, rtol=tolerance)
-        except Exception as error:  # whatever a peer dies of, the others are measured
+        except Exception as error:  # a failing peer must not stop the suite
             lines = f"{type(error).__name__}: {error}".splitlines()
             args.notes.append(f"{name} is left out at {[*q.shape]}: {lines[0]}")
         else:
@@ -140,10 +122,10 @@ def op(args: argparse.Namespace) -> list[dict]:
     Masked SDPA is given its mask ready-made, dense SDPA attends to the whole map. Flex, with rpb, and NATTEN, which has
     none, take part where they run.
     """
-    native = args.device == "cpu" and cpu.available()[0]
-    ours = "native" if native else "blocked"
-    if not native:
-        args.notes.append(f"native is left out: {cpu.available()[1] if args.device == 'cpu' else 'it is for CPUs'}")
+    built, about = native.available() if args.device == "cpu" else (False, "it is for CPUs")
+    ours = "native" if built else "blocked"
+    if not built:
+        args.notes.append(f"native is left out: {about}")
     a = torch.randn(GEMM_SIZE, GEMM_SIZE, device=args.device, dtype=args.dtype)
     ops = torch.ops.nat_models
     rows = []
@@ -151,16 +133,16 @@ def op(args: argparse.Namespace) -> list[dict]:
         qkv, grad, rpb = _inputs(args, height, width, num_heads)
         q, k, v = qkv.unbind(3)
         mask = torch.randn(1, num_heads, height * width, height * width, device=args.device, dtype=args.dtype)
-        forward = partial(ops.na2d_packed, qkv, rpb, *WINDOW)
-        if native:  # as networks call it without gradients
-            (kernel_size, dilation, scale), bias = WINDOW, cpu.as_rpb(rpb, args.dtype)
+        forward = partial(ops.na2d_qkvpacked, qkv, rpb, *WINDOW)
+        if built:  # as networks call it without gradients
+            (kernel_size, dilation, scale), bias = WINDOW, native.as_rpb(rpb, args.dtype)
             forward = partial(ops.na2d_qkvpacked_inference, qkv, bias, *kernel_size, *dilation, scale)
         contestants = {
             ours: forward,
-            f"{ours} backward": partial(ops.na2d_packed_backward, grad, qkv, rpb, *WINDOW),
+            f"{ours} backward": partial(ops.na2d_qkvpacked_backward, grad, qkv, rpb, *WINDOW),
             "GEMM": partial(torch.mm, a, a),
         }
-        if native:
+        if built:
             contestants["blocked"] = partial(blocked.na2d, q, k, v, rpb, *WINDOW)
         peers = _optional_peers(args, q, k, v, rpb)
         contestants |= peers | {"dense SDPA": partial(_dense, q, k, v), "masked SDPA": partial(_dense, q, k, v, mask)}
@@ -375,7 +357,7 @@ def _tiling(tile: int, whole_map_queries: int):
 
 
 def tiles(args: argparse.Namespace) -> list[dict]:
-    """Forward and backward of the blocked backend for several tiles; behind its constants."""
+    """Forward and backward of the blocked backend for several tile sizes; how its constants were chosen."""
     rows = []
     for height, width, num_heads in LEVELS:
         qkv, grad, rpb = _inputs(args, height, width, num_heads)
@@ -400,57 +382,3 @@ def tiles(args: argparse.Namespace) -> list[dict]:
 
 
 SUITES = {f.__name__: f for f in (op, layer, model, step, memory, growth, gemm, dtype, compiled, tiles)}
-
-
-def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument
-    add("suite", nargs="?", choices=SUITES, default="op")
-    add("--batch", type=int, default=1)
-    add("--device", default="cpu")
-    add("--dtype", choices=["float32", "float16", "bfloat16", "float64"], help="float32; bfloat16 for the suite dtype")
-    add("--threads", type=int, help="torch.set_num_threads; PyTorch's own default otherwise")
-    add("--seconds", type=float, default=2.0, help="how long each contestant is run; it has 3 turns at least")
-    add("--models", nargs="+", help=f"timm names, for {', '.join(MODELS)}")
-    add("--json", type=Path, metavar="FILE", help="write the rows here too")
-    add("--plot", type=Path, metavar="FILE", help="draw the rows to this PNG file")
-    args = parser.parse_args(argv)
-    if (args.suite, args.dtype) == ("dtype", "float32"):
-        parser.error("the suite dtype compares another --dtype with float32.")
-    if args.models and args.suite not in MODELS:
-        parser.error(f"--models is for {', '.join(MODELS)}; {args.suite} runs no networks.")
-    if args.plot and args.suite not in PLOTS:
-        parser.error(f"--plot is for {', '.join(PLOTS)}; {args.suite} has none.")
-    for path in (args.json, args.plot):
-        if path is not None and not path.parent.is_dir():  # better known now than after minutes
-            parser.error(f"there is no folder {path.parent} for {path.name}.")
-    args.models = args.models or MODELS.get(args.suite)
-    args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.suite == "dtype" else "float32"))
-    args.notes = []  # what a suite has to say beside its rows
-    return args
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse_args(argv)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    about = f"{machine(args.device)}; PyTorch {torch.__version__}, {args.dtype}, batch {args.batch}; {date.today()}"
-    print(f"{args.suite}: {SUITES[args.suite].__doc__.splitlines()[0]}\n{about}")
-    with torch.no_grad():
-        rows = SUITES[args.suite](args)
-    print_table(rows)
-    for note in args.notes:
-        print(f"note: {note}.")
-    if args.json is not None:
-        content = {"suite": args.suite, "about": about, "arguments": argv, "notes": args.notes, "rows": rows}
-        write_atomically(args.json, json.dumps(content, indent=2))
-    if args.plot is not None:
-        write_atomically(args.plot, plot(args.suite, rows, about))
-
-
-if __name__ == "__main__":
-    main()

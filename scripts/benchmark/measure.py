@@ -1,4 +1,4 @@
-"""How scripts/benchmark.py measures: times of contestants that alternate, peak memory, and on what machine."""
+"""How the benchmark measures: times of contestants that alternate, peak memory, and on what machine."""
 
 import ctypes
 import gc
