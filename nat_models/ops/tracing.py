@@ -1,14 +1,14 @@
-"""Whether torch.export traces a call: torch.compiler.is_exporting as it is from PyTorch 2.14 on, for every version."""
+"""Whether torch.export traces a call: torch.compiler.is_exporting as it is from PyTorch 2.12 on, for every version."""
 
 import torch
 
-_NEW = torch.__version__ >= "2.14"  # a TorchVersion, which compares by number
+_NEW = torch.__version__ >= "2.12"  # a TorchVersion, which compares by number
 
 
 def is_exporting() -> bool:
     """Whether torch.export, not torch.compile, traces this call.
 
-    Before 2.14 torch.compiler.is_exporting is true under torch.compile too (pytorch/pytorch#176499); 2.6 has none.
+    Before 2.12 torch.compiler.is_exporting is true under torch.compile too (pytorch/pytorch#176499); 2.6 has none.
     """
     if not _NEW and torch.compiler.is_dynamo_compiling():
         return _dynamo_exports()

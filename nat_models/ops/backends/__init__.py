@@ -25,7 +25,7 @@ BACKENDS: dict[str, ModuleType] = {
 KERNELS = ("native", "blocked")
 
 
-@torch.compiler.assume_constant_result  # PyTorch 2.9 and before trace no call of it
+@torch.compiler.assume_constant_result  # before PyTorch 2.12 Dynamo cannot trace it
 def _autocast_available(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 

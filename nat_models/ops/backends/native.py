@@ -129,7 +129,9 @@ def available() -> tuple[bool, str]:
         library = _load()
     except (OSError, RuntimeError) as error:
         return False, str(error)
-    return True, f"{library.nat_isa().decode()}, {'torch threads' if all(_torch_functions(_THREADS)) else 'one thread'}"
+    shared = all(_torch_functions(_THREADS))
+    threads = "torch threads" if shared else "one thread, since PyTorch shares its own from 2.10 on"
+    return True, f"{library.nat_isa().decode()}, {threads}"
 
 
 def _dense_last(x: Tensor) -> Tensor:
