@@ -8,7 +8,7 @@ PYTHON_OLDEST ?= $(firstword $(shell python3.10 -c 'import sys; print(sys.execut
 	ls ~/.pyenv/versions/3.10.*/bin/python 2>/dev/null; echo python3))
 PYTHON_NEWEST ?= $(PYTHON)
 # What is held against the oldest and the newest dependencies: all that works without extras.
-PROGRAMS := training commands scripts test_export.py test_docs.py
+PROGRAMS := training commands scripts test_cli.py test_export.py test_docs.py
 CORE_TESTS := -m "not slow" $(PROGRAMS:%=--ignore=tests/%)
 
 .PHONY: demo test test-slow test-sanitize test-oldest test-newest lint bench clean
