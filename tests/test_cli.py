@@ -1,5 +1,6 @@
 """The command nat-models: commands, errors, exit codes, and what it needs installed."""
 
+import os
 import pickle
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import nat_models
+from nat_models import resources
 from nat_models.cli import COMMANDS, main
 from nat_models.errors import CheckpointError, UserError
 from nat_models.resources import resource, resource_folder
@@ -113,6 +115,27 @@ def test_recipes_and_manifest_are_found():
     assert resource_folder("configs") == ROOT / "configs"
     with pytest.raises(UserError, match=r"no lost.yaml in .*, only digits\.yaml"):
         resource("configs", "lost.yaml")
+
+
+def test_a_folder_beside_an_installed_package_is_not_ours(tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    monkeypatch.setattr(resources, "_PACKAGE", tmp_path / "nat_models")
+    with pytest.raises(UserError, match=r"There is no folder configs in .*nat_models:"):
+        resource_folder("configs")
+
+
+@pytest.mark.parametrize(
+    ("script", "command"), [("train", "train"), ("extract_features", "features"), ("export", "export")]
+)
+def test_a_launcher_is_its_command(script, command):
+    run = subprocess.run(
+        [sys.executable, ROOT / "scripts" / f"{script}.py", "--help"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith(f"usage: nat-models {command}")
 
 
 @pytest.fixture(scope="module")
