@@ -91,7 +91,8 @@ def _attend(query, key, value, rpb):
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_compiles_as_one_graph_at_several_sizes(dynamic):
+def test_compiles_as_one_graph_at_several_sizes(dynamic, monkeypatch):
+    monkeypatch.setattr(flex, "_CPU_CODE_IS_SOUND", True)  # none is generated
     torch._dynamo.reset()
     compiled = torch.compile(_attend, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     rpb = torch.randn(2, 5, 5)
@@ -114,6 +115,15 @@ def test_an_accelerator_compiles_more_kinds_than_pytorch_does_by_default(monkeyp
             torch.testing.assert_close(flex._attend_compiled(*args), reference.na2d(*args))
 
 
+_needs_sound_code = needs_torch("2.13", "corrupts memory in what it compiles flex_attention to for the CPU")
+
+
+def test_unsound_code_for_the_cpu_is_refused(monkeypatch):
+    monkeypatch.setattr(flex, "_CPU_CODE_IS_SOUND", False)
+    request = Request(CPU, torch.float32, 32, 1.0, compiling=True)
+    assert "corrupts memory" in flex.why_not(request)
+
+
 def _compile_and_compare(shape, dtype, with_rpb):
     torch._dynamo.reset()
     qkv = torch.randn(shape).to(dtype)
@@ -127,10 +137,12 @@ def _compile_and_compare(shape, dtype, with_rpb):
     assert error < (2e-6 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps)
 
 
+@_needs_sound_code
 def test_generated_code_is_the_reference():
     _compile_and_compare((2, 11, 17, 3, 2, 32), torch.float32, True)
 
 
+@_needs_sound_code
 @pytest.mark.slow
 @pytest.mark.parametrize("with_rpb", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

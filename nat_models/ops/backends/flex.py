@@ -25,6 +25,9 @@ _BLOCK = 128  # tokens; flex_attention's default, which the block sizes of all i
 _TILES = [2**i for i in range(_BLOCK.bit_length())]  # heights of a tile of _BLOCK tokens
 _MIN_HEAD_DIM = 16  # of flex_attention's GPU kernels
 
+# With two threads the process dies in 2.6 and 2.9, and 2.7 and 2.8 generate what a C++ compiler refuses.
+_CPU_CODE_IS_SOUND = torch.__version__ >= "2.13"
+
 # Every dtype, head count, size and mode is compiled once. PyTorch's limit of 8 would be an error within one model.
 _RECOMPILE_LIMIT = 256
 
@@ -36,6 +39,8 @@ def why_not(request: Request) -> str | None:
     if request.device.type == "cpu":
         if request.requires_grad:
             return "flex_attention has no backward on the CPU"
+        if request.compiling and not _CPU_CODE_IS_SOUND:
+            return "PyTorch before 2.13 compiles flex_attention for the CPU to code that corrupts memory"
         if request.compiling and request.dtype == torch.float64:
             return "compiled for the CPU, flex_attention does not compute in torch.float64"
         return None
