@@ -1,7 +1,9 @@
 """Errors that a caller can mend: the command line prints them without a traceback. All of them can be pickled."""
 
 import difflib
+import re
 from collections.abc import Iterable
+from importlib.metadata import version
 
 # Optional packages, by the extra that brings them.
 _EXTRAS = {
@@ -25,6 +27,22 @@ def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=3)
     return UserError(f"Unknown {what} {name!r}, " + (f"near to {', '.join(close)}." if close else f"known: {known}."))
+
+
+def require(package: str, minimum: str, what: str) -> None:
+    """Checks that an installed package is new enough for a part of this one.
+
+    Raises:
+        UserError: It is older than `minimum`, which `what` needs.
+    """
+    found = version(package)
+    if _numbers(found) < _numbers(minimum):
+        command = f"pip install --upgrade '{package}>={minimum}'"
+        raise UserError(f"{what} needs {package} {minimum} or newer, found {found}: {command}")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text.partition("+")[0])[:3]]
 
 
 def missing_extra(error: ModuleNotFoundError) -> UserError | None:

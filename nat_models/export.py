@@ -15,11 +15,10 @@ from typing import NamedTuple
 
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
-from timm.data.model_config import resolve_input_data_config
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from .errors import UserError, missing_extra
+from .errors import UserError, missing_extra, require
 from .ops import use_backend
 
 OPSET = 25  # the newest that torch's exporter writes and onnxruntime reads
@@ -58,6 +57,8 @@ class Exported(NamedTuple):
 
 def capture(model: nn.Module, image: Tensor, dynamic_size: bool) -> ExportedProgram:
     """The model as a graph in which batch, and with dynamic_size height and width, are symbols."""
+    # 2.8 and 2.9 were seen to write graphs that hold for some sizes only.
+    require("torch", "2.13", "torch.export, of which the formats onnx, pt2 and aoti are made,")
     dynamic = {0: Dim.DYNAMIC, **({2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if dynamic_size else {})}
     # Otherwise a graph is not for sizes, here numbers of tiles, that are 1. The ONNX exporter sets it for itself.
     with torch.fx.experimental._config.patch(backed_size_oblivious=True):
@@ -205,6 +206,9 @@ def export(
     """
     check_output(output, format, dynamic_size)
     suffix, write, load = FORMATS[format]
+    require("timm", "1.0.31", "nat_models.export")
+    from timm.data.model_config import resolve_input_data_config
+
     data_config = resolve_input_data_config(model, dict(img_size=img_size))
     values = (name, json.dumps(data_config), json.dumps(label_names(model)))
     metadata = dict(zip(KEYS, values, strict=True))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import nat_models
-from nat_models import resources
+from nat_models import errors, resources
 from nat_models.cli import COMMANDS, main
 from nat_models.errors import CheckpointError, UserError
 from nat_models.resources import resource, resource_folder
@@ -102,6 +102,34 @@ def test_info_needs_no_extra():
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith(f"nat_models {nat_models.__version__}, torch ")
     assert "nat_tiny.shi_in1k" in run.stdout and "na2d runs on" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("found", "old"), [("1.0.26", True), ("1.0.31", False), ("1.0.31.dev0", False), ("1.1", False), ("0.9.16", True)]
+)
+def test_an_installed_package_that_is_too_old_is_named_with_what_is_needed(found, old, monkeypatch):
+    monkeypatch.setattr(errors, "version", lambda package: found)
+    if old:
+        with pytest.raises(UserError, match=rf"training needs timm 1\.0\.31 or newer, found {found}: pip install"):
+            errors.require("timm", "1.0.31", "training")
+    else:
+        errors.require("timm", "1.0.31", "training")
+
+
+@pytest.mark.parametrize(
+    ("package", "argv"), [("timm", ["train", "--data", "x"]), ("torch", ["export", "--no-pretrained"])]
+)
+def test_a_program_on_an_older_package_is_one_line(package, argv, tmp_path):
+    code = (
+        "import importlib.metadata as m, sys; version = m.version\n"
+        f"m.version = lambda name: '1.0.26' if name == {package!r} else version(name)\n"
+        f"from nat_models.cli import main; sys.exit(main({argv}))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 2, run.stderr
+    assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
+    assert f"needs {package} " in run.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("error", [UserError("a"), CheckpointError("b")])
