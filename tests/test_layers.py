@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nat_models import NeighborhoodAttention2d, na2d
+from nat_models import NeighborhoodAttention2d, layers, na2d
 from nat_models.ops import use_backend
 
 
@@ -99,3 +99,9 @@ def test_autocast_runs_in_its_dtype():
 def test_bad_arguments_are_errors_at_construction(kwargs, message):
     with pytest.raises(ValueError, match=message):
         NeighborhoodAttention2d(16, **kwargs)
+
+
+@pytest.mark.parametrize("length", [3, 7, 20])
+def test_a_length_grows_to_the_window_for_numbers_and_for_the_tensors_of_a_trace(length):
+    assert layers._at_least(7, length) == max(7, length)
+    assert layers._at_least(7, torch.tensor(length)).item() == max(7, length)

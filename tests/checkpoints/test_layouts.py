@@ -53,3 +53,9 @@ def test_one_layer_scale_without_the_other_is_an_error():
     del state_dict["levels.2.blocks.1.gamma2"]
     with pytest.raises(CheckpointError, match=r"has levels\.2\.blocks\.1\.gamma1 without .*gamma2"):
         convert_state_dict(state_dict, "transformers")
+
+
+@pytest.mark.parametrize("key", ["nat.encoder.levels.0.layers.0.extra.weight", "nat.extra", "extra"])
+def test_keys_that_transformers_does_not_know_keep_their_names(key):
+    state_dict = random_state_dict("transformers") | {key: torch.zeros(1)}
+    assert any(name.endswith(key) for name in convert_state_dict(state_dict, "nat_models"))

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 from timm.models import create_model, save_for_hf
 
-from nat_models.checkpoints import LAYOUTS, CheckpointError, convert_state_dict, fit_state_dict
+from nat_models.checkpoints import LAYOUTS, CheckpointError, convert_state_dict, fit_state_dict, loading
 from tests.checkpoints.conftest import SMALL, random_state_dict, small_network
 from tests.conftest import original_state_dict
 
@@ -255,3 +255,24 @@ def test_cache_dir_is_where_timm_is_told_to_keep_downloads(monkeypatch, tmp_path
     monkeypatch.setattr("nat_models.checkpoints.loading.load_pretrained", lambda *args, **kw: seen.append(kw))
     create_model("nat_mini", pretrained=True, cache_dir=str(tmp_path), **SMALL)
     assert seen[0]["cache_dir"] == str(tmp_path)
+
+
+@pytest.mark.parametrize(("extra", "ending"), [(20, "extra9."), (21, "and 1 more."), (50, "and 30 more.")])
+def test_a_long_list_of_keys_is_cut_and_counted(extra, ending):
+    state_dict = random_state_dict("original") | {f"extra{i}": torch.zeros(1) for i in sorted(range(extra), key=str)}
+    with pytest.raises(CheckpointError, match=f"{extra} unexpected: extra0, .*") as refused:
+        _load(state_dict)
+    assert str(refused.value).endswith(ending)
+
+
+def test_a_damaged_download_is_named_by_its_path_in_the_cache(monkeypatch):
+    found = {"pytorch_model.bin": "/cache/pytorch_model.bin"}
+    monkeypatch.setattr(
+        loading, "try_to_load_from_cache", lambda repo, file: found.get(file) if repo == "a/b" else None
+    )
+    message = loading._unreadable("nat_mini", "a/b", None, EOFError("short"))
+    assert message.startswith("nat_mini: /cache/pytorch_model.bin cannot be read") and "(EOFError: short)" in message
+    found["model.safetensors"] = "/cache/model.safetensors"
+    assert "/cache/model.safetensors cannot be read" in loading._unreadable("nat_mini", "a/b", None, EOFError())
+    assert loading._unreadable("nat_mini", "c/d", None, EOFError()).startswith("nat_mini: c/d cannot be read")
+    assert "own.pth cannot be read" in loading._unreadable("nat_mini", "a/b", "own.pth", EOFError())

@@ -178,6 +178,52 @@ def test_pruned_models_keep_what_was_asked_for(indices):
     assert model(x).shape == (1, 6)
 
 
+def _levels_run(model: NAT) -> list[int]:
+    ran = []
+    for i, level in enumerate(model.levels):
+        level.register_forward_hook(lambda *args, i=i: ran.append(i))
+    return ran
+
+
+def test_stop_early_leaves_later_levels_out_and_is_off_by_default():
+    model = _small().eval()
+    x = torch.randn(1, 3, 64, 64)
+    expected = model.forward_features(x)
+    ran = _levels_run(model)
+    output, (first,) = model.forward_intermediates(x, indices=[0], output_fmt="NHWC")
+    assert ran == [0, 1, 2, 3]
+    torch.testing.assert_close(output, expected)
+    ran.clear()
+    output, (early,) = model.forward_intermediates(x, indices=[0], stop_early=True, output_fmt="NHWC")
+    assert ran == [0]
+    assert torch.equal(early, first)
+    assert torch.equal(output, first)  # no norm: it is as wide as the last level
+
+
+def test_pruning_keeps_the_norm_with_the_level_it_belongs_to():
+    whole, cut, bare = (_small() for _ in range(3))
+    assert whole.prune_intermediate_layers() == [3]  # the last one
+    assert isinstance(whole.norm, torch.nn.LayerNorm) and len(whole.levels) == 4
+    assert cut.prune_intermediate_layers([1]) == [1]
+    assert isinstance(cut.norm, torch.nn.Identity) and len(cut.levels) == 2
+    assert isinstance(bare.prune_intermediate_layers([3], prune_norm=True), list)
+    assert isinstance(bare.norm, torch.nn.Identity)
+    x = torch.randn(1, 3, 64, 64)
+    assert whole(x).shape == (1, 2, 2, 128) and cut(x).shape == (1, 8, 8, 32)  # maps: the head went, and its pooling
+    kept = _small()
+    kept.prune_intermediate_layers([3], prune_head=False)
+    assert kept(x).shape == (1, 10)
+
+
+def test_a_new_classifier_sets_pooling_and_width():
+    model = _small()
+    model.reset_classifier(7, "catavgmax")
+    assert (model.num_classes, model.global_pool, model.head_hidden_size) == (7, "catavgmax", 256)
+    model.reset_classifier(5)
+    assert (model.num_classes, model.global_pool, model.head_hidden_size) == (5, "catavgmax", 256)
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 5)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_fx_graph_runs_forward_and_backward(name):
     # head.drop is followed by Identity: the graph's output is the logits' input, as in timm's own tests.

@@ -200,3 +200,22 @@ def test_integer_tensors_are_refused():
     x = torch.zeros(1, 9, 12, 2, 8, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"floating-point dtype, got torch.int64"):
         na2d(x, x, x, kernel_size=3)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_dropout_leaves_bias_and_scale_alone(packed):
+    query, key, value, rpb = make_inputs(1, 9, 12, 2, 8, (3, 5))
+    window = dict(kernel_size=(3, 5), rpb=rpb, scale=0.3)
+    never = dict(window, dropout_p=1e-12)
+    qkv = torch.stack([query, key, value], 3)
+    output = na2d_qkvpacked(qkv, **never) if packed else na2d(query, key, value, **never)
+    torch.testing.assert_close(output, na2d(query, key, value, **window))
+    always = na2d(query, key, value, **dict(window, dropout_p=1.0))
+    assert torch.equal(always, torch.zeros_like(always))
+
+
+@pytest.mark.parametrize("dropout_p", [-0.1, 1.5, float("nan")])
+def test_a_dropout_that_is_no_probability_is_refused(dropout_p):
+    x = torch.zeros(1, 9, 12, 2, 8)
+    with pytest.raises(ValueError, match=r"dropout_p must lie in \[0, 1\], got dropout_p="):
+        na2d(x, x, x, kernel_size=3, dropout_p=dropout_p)

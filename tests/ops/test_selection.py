@@ -279,3 +279,49 @@ def test_module_report_follows_the_environment(monkeypatch):
     monkeypatch.setenv("NAT_MODELS_BACKEND", "reference")
     run = subprocess.run([sys.executable, "-m", "nat_models", "info"], capture_output=True, text=True, check=True)
     assert "na2d runs on reference, asked for by NAT_MODELS_BACKEND" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        (dict(), "On cpu (float32, with rpb), na2d runs on native, chosen automatically"),
+        (
+            dict(dtype=torch.bfloat16, rpb=False, requires_grad=True),
+            "On cpu (bfloat16, without rpb, with gradient), na2d runs on native, chosen automatically",
+        ),
+        (dict(dropout=True), "On cpu (float32, with rpb, with dropout), na2d runs on blocked, chosen automatically"),
+        (
+            dict(dropout=True, compiling=True),
+            "On cpu (float32, with rpb, with dropout, under torch.compile), na2d runs on exportable, chosen",
+        ),
+        (dict(exporting=True), "On cpu (float32, with rpb, under torch.export), na2d runs on exportable, chosen"),
+    ],
+)
+@pytest.mark.skipif(not native.available()[0], reason="the native kernel was not built")
+def test_the_first_line_of_a_report_names_the_call_the_backend_and_the_order(kind, line):
+    order = "exportable" if "exporting" in kind else "native, blocked, exportable"
+    first = explain(**kind).splitlines()[0]
+    assert first.startswith(line)
+    assert first.endswith(f"chosen automatically, the first that can of {order}.")
+
+
+def test_a_report_lists_every_backend_once_with_its_reason_below_it():
+    with use_backend("reference"):
+        first, *lines = explain(dropout=True).splitlines()
+    assert first.endswith("na2d raises an error on reference, asked for by NAT_MODELS_BACKEND or use_backend.")
+    names = [line[2:].split()[1 if line.startswith("  *") else 0] for line in lines if line[4] != " "]
+    assert names == list(BACKENDS)
+    assert [line for line in lines if line.startswith("  *")] == [
+        f"  * reference    {BACKENDS['reference'].SUMMARY}",
+    ]
+    assert all(line.startswith(" " * 17 + "cannot run: ") for line in lines if line[4] == " ")
+    assert lines[-1] == " " * 17 + "cannot run: it drops no attention weights"
+    assert "instruction set" not in "".join(lines)  # native declines
+
+
+@pytest.mark.skipif(not native.available()[0], reason="the native kernel was not built")
+def test_a_report_says_what_the_kernel_runs_on():
+    lines = explain().splitlines()
+    below = lines[next(i for i, line in enumerate(lines) if line.startswith("  * native")) + 1]
+    assert below == f"{'':16} instruction set and threads: {native.available()[1]}"
+    assert sum("instruction set" in line for line in lines) == 1

@@ -14,3 +14,9 @@ def test_every_query_has_exactly_k_distinct_keys_of_its_group(length, kernel_siz
         assert all(0 <= key < length and key % dilation == query % dilation for key in row)
         assert query in row
         assert offsets[query].tolist() == [(key - query) // dilation + kernel_size - 1 for key in row]
+
+
+def test_a_window_is_made_on_the_device_asked_for_and_dense_by_default():
+    assert {x.device.type for x in window(9, 3, device="meta")} == {"meta"}
+    for default, dense in zip(window(9, 3), window(9, 3, 1), strict=True):
+        assert default.equal(dense)
