@@ -11,7 +11,7 @@ PYTHON_NEWEST ?= $(PYTHON)
 PROGRAMS := training commands scripts test_cli.py test_export.py test_docs.py
 CORE_TESTS := -m "not slow" $(PROGRAMS:%=--ignore=tests/%)
 
-.PHONY: demo test test-slow test-sanitize test-oldest test-newest lint bench clean
+.PHONY: demo test test-slow test-sanitize test-oldest test-newest mutate lint bench clean
 
 # One stamp per set of extras, redone when pyproject.toml or the kernel changes.
 $(VENV)/.installed-%: pyproject.toml $(wildcard nat_models/ops/csrc/*)
@@ -54,6 +54,14 @@ test-newest:
 	.venv-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable . pytest
 	.venv-newest/bin/python -m pytest $(CORE_TESTS)
 
+# Which changes of the code no test notices, by the settings in pyproject.toml: an hour on two cores. The package is not
+# installed editable here: its hook would import the checkout in place of the mutants.
+mutate:
+	test -x .venv-mutate/bin/python || $(PYTHON) -m venv .venv-mutate
+	.venv-mutate/bin/pip install --quiet '.[test]' mutmut
+	OMP_NUM_THREADS=1 .venv-mutate/bin/mutmut run --max-children 2
+	.venv-mutate/bin/mutmut results
+
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -66,4 +74,4 @@ bench: $(VENV)/.installed-demo
 	done
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest build demo output
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-mutate mutants build demo output

@@ -47,8 +47,8 @@ _MEND = f"install a C++ compiler (`apt install g++`, `xcode-select --install`), 
 
 def _find() -> Path:
     # An editable install leaves the sources where they are and puts what it built among the installed packages.
-    package = __package__.split(".")[:-1]
-    folders = [Path(__file__).parents[1], Path(sysconfig.get_path("platlib"), *package)]
+    built = Path(sysconfig.get_path("platlib"), *__package__.split(".")[:-1])
+    folders = dict.fromkeys([Path(__file__).parents[1], built])
     for folder in folders:
         if (folder / _LIBRARY).exists():
             return folder / _LIBRARY
