@@ -276,3 +276,19 @@ def test_a_damaged_download_is_named_by_its_path_in_the_cache(monkeypatch):
     assert "/cache/model.safetensors cannot be read" in loading._unreadable("nat_mini", "a/b", None, EOFError())
     assert loading._unreadable("nat_mini", "c/d", None, EOFError()).startswith("nat_mini: c/d cannot be read")
     assert "own.pth cannot be read" in loading._unreadable("nat_mini", "a/b", "own.pth", EOFError())
+
+
+def test_all_that_does_not_fit_is_listed_at_once():
+    state_dict = {"extra": torch.zeros(1)} | random_state_dict("original")  # found first, and not the only one
+    del state_dict["norm.weight"]
+    state_dict["norm.bias"] = torch.zeros(3)
+    listed = r"1 missing: norm\.weight; 1 unexpected: extra; 1 of another shape: norm\.bias found"
+    with pytest.raises(CheckpointError, match=rf"nothing was loaded\. {listed}"):
+        _load(state_dict)
+
+
+def test_a_checkpoint_alone_is_fitted_by_what_the_models_configuration_declares():
+    with pytest.raises(CheckpointError, match="head has 7 classes, the model's 1000"):
+        fit_state_dict(random_state_dict("original", num_classes=7), small_network())
+    fitted = fit_state_dict(random_state_dict("original", num_classes=7), small_network(), num_classes=7)
+    assert fitted["head.fc.weight"].shape == (1000, 128)

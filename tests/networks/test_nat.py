@@ -249,6 +249,16 @@ def test_grad_checkpointing_changes_nothing(name):
         torch.testing.assert_close(p.grad, expected[n], msg=lambda m, n=n: f"{n}: {m}")
 
 
+@pytest.mark.parametrize(("enable", "calls"), [(True, 2), (False, 1)])
+def test_grad_checkpointing_runs_blocks_again_in_the_backward(enable, calls):
+    model, ran = _small().train(), []
+    model.set_grad_checkpointing()
+    model.set_grad_checkpointing(enable)
+    model.levels[1].blocks[0].mlp.register_forward_hook(lambda *args: ran.append(1))
+    model(torch.randn(1, 3, 64, 64)).sum().backward()
+    assert len(ran) == calls
+
+
 def test_torchscript_trace_agrees():
     model = _small().eval()
     traced = torch.jit.trace(model, torch.randn(1, 3, 64, 64))

@@ -219,3 +219,27 @@ def test_a_dropout_that_is_no_probability_is_refused(dropout_p):
     x = torch.zeros(1, 9, 12, 2, 8)
     with pytest.raises(ValueError, match=r"dropout_p must lie in \[0, 1\], got dropout_p="):
         na2d(x, x, x, kernel_size=3, dropout_p=dropout_p)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(qkv=torch.zeros(1, 9, 12, 3, 8)), r"qkv must be \[B, H, W, 3, .*got shape \(1, 9, 12, 3, 8\)"),
+        (dict(qkv=torch.zeros(1, 9, 12, 2, 2, 8)), r"qkv must be \[B, H, W, 3, .*got shape \(1, 9, 12, 2, 2, 8\)"),
+        (dict(qkv=torch.zeros(1, 9, 12, 3, 2, 8, dtype=torch.int64)), r"^qkv must be of a floating-point dtype"),
+        (dict(rpb=torch.zeros(2, 5, 6)), r"rpb must be.*\(2, 5, 5\).*got \(2, 5, 6\)"),
+        (dict(kernel_size=13), r"fit in the map.*9 x 12"),
+        (dict(dropout_p=2.0), r"got dropout_p=2.0"),
+    ],
+)
+def test_bad_packed_arguments_are_named_with_the_rule(change, message):
+    arguments = dict(qkv=torch.zeros(1, 9, 12, 3, 2, 8), kernel_size=3) | change
+    with pytest.raises(ValueError, match=message):
+        na2d_qkvpacked(arguments.pop("qkv"), **arguments)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_packed_defaults_are_those_of_na2d_and_its_scale_is_honoured(grad):
+    qkv, rpb = torch.randn(1, 9, 12, 3, 2, 8, requires_grad=grad), torch.randn(2, 5, 5)
+    for window in (dict(kernel_size=3, rpb=rpb), dict(kernel_size=3, rpb=rpb, scale=0.7)):
+        torch.testing.assert_close(na2d_qkvpacked(qkv, **window), na2d(*qkv.unbind(3), **window))

@@ -6,6 +6,7 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from nat_models.ops import na2d, na2d_qkvpacked, use_backend
+from nat_models.ops.backends import native
 from tests.ops.conftest import gradients, make_inputs
 
 
@@ -26,6 +27,23 @@ def test_opcheck_of_the_operator_withoutgradients(backend):
         pytest.skip(f"{backend} does not go through the operator")
     qkv, rpb = torch.randn(1, 9, 12, 3, 2, 8), torch.randn(2, 5, 9)
     opcheck(torch.ops.nat_models.na2d_qkvpacked_inference.default, (qkv, rpb, 3, 5, 2, 1, 0.25))
+
+
+@pytest.mark.parametrize(
+    ("qkv_grad", "rpb_grad", "operator"),
+    [
+        (False, False, "nat_models.na2d_qkvpacked_inference"),
+        (True, False, "nat_models.na2d_qkvpacked"),
+        (False, True, "nat_models.na2d_qkvpacked"),
+    ],
+)
+@pytest.mark.skipif(not native.available()[0], reason="the native kernel was not built")
+def test_only_a_call_that_wants_no_gradient_runs_without_one(qkv_grad, rpb_grad, operator):
+    qkv, rpb = torch.randn(2, 9, 12, 3, 2, 8, requires_grad=qkv_grad), torch.randn(2, 5, 5, requires_grad=rpb_grad)
+    with FlopCounterMode(display=False) as counter:
+        output = na2d_qkvpacked(qkv, kernel_size=3, rpb=rpb)
+    assert output.requires_grad is (qkv_grad or rpb_grad)
+    assert [str(op) for op in counter.get_flop_counts()["Global"]] == [operator]
 
 
 @pytest.mark.parametrize("grad", [False, True])

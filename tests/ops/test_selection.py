@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nat_models.ops import BACKENDS, explain, functional, na2d, use_backend
+from nat_models.ops import BACKENDS, explain, functional, na2d, na2d_qkvpacked, use_backend
 from nat_models.ops.backends import flex, native, natten_fused
 from tests.conftest import needs_torch
 
@@ -325,3 +325,19 @@ def test_a_report_says_what_the_kernel_runs_on():
     below = lines[next(i for i, line in enumerate(lines) if line.startswith("  * native")) + 1]
     assert below == f"{'':16} instruction set and threads: {native.available()[1]}"
     assert sum("instruction set" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "reason"),
+    [
+        ("natten_fused", dict(rpb=torch.zeros(2, 5, 5)), "NATTEN has no relative position bias"),
+        ("flex", dict(requires_grad=True), "flex_attention has no backward on the CPU"),
+        ("flex", dict(dropout_p=0.5), "it drops no attention weights"),
+        ("native", dict(dropout_p=0.5), "it drops no attention weights"),
+    ],
+)
+def test_a_packed_call_is_refused_with_the_same_reasons(name, kind, reason):
+    window = dict(kind, kernel_size=3)
+    qkv = torch.zeros(1, 9, 12, 3, 2, 32, requires_grad=window.pop("requires_grad", False))
+    with use_backend(name), pytest.raises(RuntimeError, match=f"'{name}' was asked for and cannot run: {reason}"):
+        na2d_qkvpacked(qkv, **window)
