@@ -7,6 +7,7 @@ from timm.layers import LayerScale
 from torch._inductor.utils import run_and_get_code
 
 import nat_models
+from nat_models import NeighborhoodAttention2d
 from nat_models.checkpoints import fit_state_dict
 from nat_models.fuse import PointwiseBlock
 from nat_models.networks.nat import NATBlock
@@ -22,6 +23,13 @@ def _random(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
+def _folded(model: torch.nn.Module) -> bool:
+    """Whether neither layer scales nor scales of logits are left: a model that was not fused computes the same."""
+    modules = list(model.modules())
+    scales = [module.scale for module in modules if isinstance(module, NeighborhoodAttention2d)]
+    return set(scales) == {1.0} and not any(isinstance(module, LayerScale) for module in modules)
+
+
 @pytest.mark.parametrize("freezing", [False, True])
 @pytest.mark.parametrize("name", ["nat_mini", "nat_tiny", "nat_small", "nat_base"])
 def test_a_fused_network_is_the_network(name, freezing):
@@ -29,7 +37,7 @@ def test_a_fused_network_is_the_network(name, freezing):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     fused = nat_models.fuse(model, freezing=freezing)
     assert type(fused) is type(model)
-    assert not any(isinstance(module, LayerScale) for module in fused.modules())
+    assert _folded(fused)
     assert not fused.training
     for size in ((224, 224), (96, 160)):  # with and without padded maps
         x = torch.randn(2, 3, *size)
@@ -57,15 +65,18 @@ def test_networks_inside_other_modules_are_fused_too(freezing):
     fused = nat_models.fuse(backbone, freezing=freezing)
     for actual, expected in zip(fused(x), backbone(x), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert _folded(fused)
     assert any(isinstance(module, PointwiseBlock) for module in fused.modules()) == freezing
 
 
 @pytest.mark.parametrize("freezing", [False, True])
 def test_a_block_alone_is_fused(freezing):
     block = _random(NATBlock(64, 2, init_values=0.5).double())
+    fused = nat_models.fuse(block, freezing=freezing)
+    assert _folded(fused) and isinstance(fused, PointwiseBlock) == freezing
     for size in ((9, 11), (3, 1), (1, 1)):
         x = torch.randn(2, *size, 64, dtype=torch.float64)
-        torch.testing.assert_close(nat_models.fuse(block, freezing=freezing)(x), block(x))
+        torch.testing.assert_close(fused(x), block(x))
 
 
 @pytest.mark.slow

@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nat_models import NeighborhoodAttention2d, layers, na2d
 from nat_models.ops import use_backend
+from tests.conftest import needs_torch
 
 
 def _pad_then_project(layer: NeighborhoodAttention2d, x: torch.Tensor) -> torch.Tensor:
@@ -105,3 +107,11 @@ def test_bad_arguments_are_errors_at_construction(kwargs, message):
 def test_a_length_grows_to_the_window_for_numbers_and_for_the_tensors_of_a_trace(length):
     assert layers._at_least(7, length) == max(7, length)
     assert layers._at_least(7, torch.tensor(length)).item() == max(7, length)
+
+
+@needs_torch("2.7", "has no fake CUDA tensors where there is no driver")
+def test_a_small_map_is_padded_where_it_is():
+    with FakeTensorMode():  # which refuses to mix devices, as a GPU does
+        layer = NeighborhoodAttention2d(16, 2, device="cuda", dtype=torch.float16)
+        output = layer(torch.empty(1, 3, 9, 16, device="cuda", dtype=torch.float16))
+    assert (output.shape, output.dtype, output.device.type) == ((1, 3, 9, 16), torch.float16, "cuda")

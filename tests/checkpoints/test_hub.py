@@ -86,9 +86,11 @@ def test_pretrained_falls_back_to_the_pickle_and_then_works_offline(hub, tmp_pat
     assert _run(hub, tmp_path, code).stdout == "logits hold\n"
     assert hub.downloads() == {"pytorch_model.bin"}
     hub.requests.clear()
-    run = _run(None, tmp_path, code, HF_HUB_OFFLINE="1")
+    run = _run(hub, tmp_path, code, HF_HUB_OFFLINE="1")
     assert run.stdout == "logits hold\n", run.stderr
     assert not hub.requests
+    run = _run(None, tmp_path, code)  # nobody said that the network is down
+    assert run.stdout == "logits hold\n", run.stderr
 
 
 def test_the_authors_layout_on_a_hub_loads_too(hub, tmp_path):

@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -191,19 +191,12 @@ def test_any_number_of_threads_gives_the_same_bits(shape, kernel_size, dilation)
 def test_concurrent_calls_do_not_disturb_each_other():
     cases = [(*_inputs((1, 20 + i, 23, 2, 16), (7, 7), torch.float32), (7, 7), (1, 1)) for i in range(4)]
     expected = [_run(*case) for case in cases]
-    wrong = []
 
-    def worker(case, wanted):
-        for _ in range(20):
-            if not all(torch.equal(x, y) for x, y in zip(_run(*case), wanted, strict=True)):
-                wrong.append(case[0].shape)
+    def wrong(case, wanted):
+        return sum(not all(map(torch.equal, _run(*case), wanted)) for _ in range(20))
 
-    threads = [threading.Thread(target=worker, args=pair) for pair in zip(cases, expected, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    with ThreadPoolExecutor(len(cases)) as pool:  # which hands on what is raised, where a bare thread prints it
+        assert list(pool.map(wrong, cases, expected)) == [0] * len(cases)
 
 
 class _Attends(torch.utils.data.Dataset):

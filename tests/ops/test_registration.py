@@ -22,7 +22,7 @@ def test_opcheck(with_rpb, backend):
     )
 
 
-def test_opcheck_of_the_operator_withoutgradients(backend):
+def test_opcheck_of_the_operator_without_gradients(backend):
     if backend not in ("native", "blocked"):
         pytest.skip(f"{backend} does not go through the operator")
     qkv, rpb = torch.randn(1, 9, 12, 3, 2, 8), torch.randn(2, 5, 9)

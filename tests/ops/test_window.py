@@ -13,6 +13,13 @@ def test_every_query_has_exactly_k_distinct_keys_of_its_group(length, kernel_siz
         assert len(set(row)) == kernel_size
         assert all(0 <= key < length and key % dilation == query % dilation for key in row)
         assert query in row
+        # The nearest: as many before as after the query, but for what a border shifts inward.
+        first = (query // dilation - kernel_size // 2) * dilation + query % dilation
+        last_first = (
+            (length - 1 - query % dilation) // dilation * dilation + query % dilation - (kernel_size - 1) * dilation
+        )
+        first = min(max(first, query % dilation), last_first)
+        assert row == [first + i * dilation for i in range(kernel_size)]
         assert offsets[query].tolist() == [(key - query) // dilation + kernel_size - 1 for key in row]
 
 
