@@ -59,3 +59,26 @@ def test_one_layer_scale_without_the_other_is_an_error():
 def test_keys_that_transformers_does_not_know_keep_their_names(key):
     state_dict = random_state_dict("transformers") | {key: torch.zeros(1)}
     assert any(name.endswith(key) for name in convert_state_dict(state_dict, "nat_models"))
+
+
+@pytest.mark.parametrize("prefix", ["", "nat."])
+@pytest.mark.parametrize("key", ["embeddings.norm.weight", "encoder.levels.0.layers.0.layernorm_before.bias"])
+def test_one_key_of_transformers_tells_its_layout(prefix, key):
+    assert detect_layout({f"{prefix}{key}": torch.zeros(1)}) == "transformers"
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["levels.0.downsample.norm.bias", "head.weight", "head.bias"] + [f"levels.2.blocks.1.gamma{i}" for i in (1, 2)],
+)
+def test_one_key_of_the_authors_tells_their_layout_from_ours(key):
+    stem = {"patch_embed.proj.0.weight": torch.zeros(1)}
+    assert detect_layout(stem) == "nat_models"
+    assert detect_layout(stem | {key: torch.zeros(1)}) == "original"
+
+
+def test_keys_of_no_layout_are_named_four_of_them_and_none_is_said():
+    with pytest.raises(CheckpointError, match=r"keys such as 'a0', 'a1', 'a2', 'a3'; expected patch_embed\.proj"):
+        detect_layout({f"a{i}": torch.zeros(1) for i in range(9)})
+    with pytest.raises(CheckpointError, match=r"such as \(none\); .*levels\.0\..*, \.\.\. \(nat_models and original"):
+        detect_layout({})

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import nat_models  # noqa: F401  registers the models
 from nat_models.complexity import fvcore_handles
-from nat_models.networks.nat import NAT
+from nat_models.networks.nat import NAT, NATBlock
 from tests.conftest import FIXTURES, original_state_dict, tensor
 
 MODELS = list_models(module="nat")
@@ -341,6 +341,24 @@ def test_bfloat16_follows_float32():
 def test_misspelt_arguments_are_errors(typo):
     with pytest.raises(TypeError, match=next(iter(typo))):
         create_model("nat_mini", **typo)
+
+
+def test_arguments_reach_every_block():
+    given = dict(kernel_size=(3, 5), mlp_ratio=2, qkv_bias=False, init_values=0.1, proj_drop_rate=0.1)
+    blocks = [block for level in _small(**given, attn_drop_rate=0.2).levels for block in level.blocks]
+    assert len(blocks) == 5
+    for block in blocks:
+        assert (block.attn.kernel_size, block.attn.qkv.bias, block.attn.attn_drop) == ((3, 5), None, 0.2)
+        assert block.attn.proj_drop.p == block.mlp.drop1.p == 0.1
+        assert block.mlp.fc1.out_features == 2 * block.attn.dim
+        assert block.ls1.gamma.eq(0.1).all() and block.ls2.gamma.eq(0.1).all()
+
+
+def test_a_block_alone_has_the_papers_window_and_nothing_dropped():
+    block = NATBlock(32, 1)
+    assert (block.attn.kernel_size, block.attn.attn_drop, block.attn.proj_drop.p) == ((7, 7), 0.0, 0.0)
+    assert block.attn.qkv.bias is not None and block.mlp.fc1.out_features == 3 * 32
+    assert isinstance(block.drop_path1, torch.nn.Identity) and isinstance(block.ls1, torch.nn.Identity)
 
 
 def test_depths_and_heads_must_agree():
