@@ -221,14 +221,28 @@ def test_flex_needs_triton(monkeypatch):
     assert "the package triton" in flex._why_no_triton.__wrapped__(torch.device("cuda"))
 
 
+@pytest.fixture
+def cuda_autocast():
+    """Turns autocast on for CUDA; torch.autocast does not where there is no such device."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+
+    def switch(enabled, dtype):
+        torch.set_autocast_enabled("cuda", enabled)
+        torch.set_autocast_dtype("cuda", dtype)
+
+    yield lambda dtype: switch(True, dtype)
+    switch(*before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_cuda_autocast_computes_in_its_dtype_and_leaves_rpb_and_float64_alone(dtype, gpus, fake, monkeypatch):
+def test_cuda_autocast_computes_in_its_dtype_and_leaves_rpb_and_float64_alone(
+    dtype, gpus, fake, monkeypatch, cuda_autocast
+):
+    cuda_autocast(dtype)
     ran = []
     monkeypatch.setattr(
         flex, "na2d", lambda query, key, value, rpb, *args: ran.append((query, key, value, rpb)) or query
     )
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: device_type == "cuda")
-    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device_type: dtype)
     tensors, window = fake("cuda")
     assert na2d(*tensors, **window).dtype == dtype
     assert [x.dtype for x in ran[0]] == [dtype] * 3 + [torch.float32]
