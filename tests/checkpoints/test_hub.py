@@ -89,7 +89,13 @@ def test_pretrained_falls_back_to_the_pickle_and_then_works_offline(hub, tmp_pat
     run = _run(hub, tmp_path, code, HF_HUB_OFFLINE="1")
     assert run.stdout == "logits hold\n", run.stderr
     assert not hub.requests
-    run = _run(None, tmp_path, code)  # nobody said that the network is down
+
+
+@pytest.mark.slow  # the client tries again and again
+def test_what_was_downloaded_is_used_where_nobody_said_that_the_network_is_down(hub, tmp_path, published):
+    hub.files[REPO] = {"model.safetensors": save(published)}
+    assert _run(hub, tmp_path, LOAD + _CHECK_LOGITS).stdout == "logits hold\n"
+    run = _run(None, tmp_path, LOAD + _CHECK_LOGITS)
     assert run.stdout == "logits hold\n", run.stderr
 
 
@@ -132,7 +138,7 @@ def test_a_repository_without_weights_is_one_clear_error(hub, tmp_path):
     assert "expected model.safetensors or pytorch_model.bin" in message
 
 
-@pytest.mark.parametrize("environment", [{}, {"HF_HUB_OFFLINE": "1"}])
+@pytest.mark.parametrize("environment", [pytest.param({}, marks=pytest.mark.slow), {"HF_HUB_OFFLINE": "1"}])
 def test_no_connection_and_no_cache_is_one_clear_error(tmp_path, environment):
     message = _error(_run(None, tmp_path, LOAD, **environment))
     assert f"nat_mini: {REPO} on the Hugging Face Hub is neither in the local cache" in message
