@@ -66,6 +66,16 @@ def test_training_with_dropout_follows_inference():
     assert layer.qkv.weight.grad is not None
 
 
+@pytest.mark.parametrize("size", [(9, 8), (3, 9)])
+def test_a_scale_other_than_the_usual_is_honoured(size):
+    layer = NeighborhoodAttention2d(16, 2, scale=0.0)
+    usual = NeighborhoodAttention2d(16, 2)
+    usual.load_state_dict(layer.state_dict())
+    x = torch.randn(2, *size, 16)
+    torch.testing.assert_close(layer(x), _pad_then_project(layer, x))
+    assert not torch.allclose(layer(x), usual(x), atol=1e-4)
+
+
 def test_without_rpb_there_is_no_parameter():
     layer = NeighborhoodAttention2d(8, 2, kernel_size=3, rel_pos_bias=False)
     assert layer.rpb is None and "rpb" not in layer.state_dict()

@@ -1,8 +1,16 @@
 """Loading: three layouts, wrapped or not, with any head, window and channels; never a silent partial load."""
 
+import types
+
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors.torch import save_file
 from timm.models import create_model, save_for_hf
 
@@ -292,3 +300,53 @@ def test_a_checkpoint_alone_is_fitted_by_what_the_models_configuration_declares(
         fit_state_dict(random_state_dict("original", num_classes=7), small_network())
     fitted = fit_state_dict(random_state_dict("original", num_classes=7), small_network(), num_classes=7)
     assert fitted["head.fc.weight"].shape == (1000, 128)
+
+
+@pytest.mark.parametrize("wrapper", ["model", "state_dict", "model_ema", "state_dict_ema"])
+def test_a_checkpoint_in_memory_is_unwrapped_and_its_average_wins(wrapper):
+    model, state_dict = small_network(), random_state_dict("nat_models")
+    others = dict.fromkeys(
+        {"model", "state_dict"} - {wrapper} if "ema" in wrapper else (), random_state_dict("original")
+    )
+    fitted = fit_state_dict({**others, wrapper: state_dict, "epoch": 3}, model)
+    assert all(torch.equal(fitted[key], value) for key, value in state_dict.items())
+
+
+_RESPONSE = types.SimpleNamespace(headers={}, request=None, status_code=500, url="")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            LocalEntryNotFoundError("why"),
+            r"nat_mini: a/b on the Hugging Face Hub is neither in the local cache.*\(why\)",
+        ),
+        (FileNotFoundError("why"), r"nat_mini: there is no weights file a/b on the Hugging Face Hub\. why"),
+        (EOFError("why"), r"nat_mini: a/b cannot be read: .*\(EOFError: why\)"),
+        (RuntimeError("PytorchStreamReader failed"), r"nat_mini: a/b cannot be read: .*\(RuntimeError: Pytorch"),
+        (
+            HfHubHTTPError("why", response=_RESPONSE),
+            r"nat_mini: downloading a/b on the Hugging Face Hub failed\. \(why",
+        ),
+        (RepositoryNotFoundError("why", response=_RESPONSE), r"nat_mini: there is no repository a/b .*\(why"),
+        (EntryNotFoundError("why"), r"nat_mini: a/b on the Hugging Face Hub holds no weights.*\(why"),
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, Exception) else "",
+)
+def test_what_goes_wrong_with_the_hub_is_explained_with_its_cause(error, message):
+    with (
+        pytest.raises(CheckpointError, match=message) as raised,
+        loading._explain_errors("nat_mini", {"hf_hub_id": "a/b"}),
+    ):
+        raise error
+    assert raised.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA out of memory"), CheckpointError("says weights_only"), KeyError("x")]
+)
+def test_an_error_that_is_none_of_the_weights_passes_as_it_is(error):
+    with pytest.raises(type(error)) as raised, loading._explain_errors("nat_mini", {"hf_hub_id": "a/b"}):
+        raise error
+    assert raised.value is error

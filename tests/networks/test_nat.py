@@ -407,6 +407,16 @@ def test_every_parameter_has_a_group(coarse):
     assert len(groups) == 1 + (4 if coarse else 5) + 1
 
 
+def test_the_last_norm_goes_with_the_last_block_and_groups_are_blocks_by_default():
+    model = _small()
+    matcher = model.group_matcher()
+    assert matcher == model.group_matcher(coarse=False) != model.group_matcher(coarse=True)
+    layer_of = timm.models.group_parameters(model, matcher, reverse=True)
+    assert layer_of["norm.weight"] == layer_of["norm.bias"] == layer_of["levels.3.blocks.0.mlp.fc2.weight"]
+    assert layer_of["patch_embed.norm.weight"] == layer_of["patch_embed.proj.0.weight"] == 0
+    assert layer_of["head.fc.weight"] == 1 + max(i for name, i in layer_of.items() if not name.startswith("head"))
+
+
 @pytest.mark.slow
 def test_compiled_every_map_keeps_its_channels_together():
     model = create_model("nat_mini", depths=(2, 2, 2, 2)).eval()

@@ -355,3 +355,20 @@ def test_a_packed_call_is_refused_with_the_same_reasons(name, kind, reason):
     qkv = torch.zeros(1, 9, 12, 3, 2, 32, requires_grad=window.pop("requires_grad", False))
     with use_backend(name), pytest.raises(RuntimeError, match=f"'{name}' was asked for and cannot run: {reason}"):
         na2d_qkvpacked(qkv, **window)
+
+
+def test_an_inner_use_backend_gives_the_outer_one_back():
+    with use_backend("blocked"):
+        with use_backend("reference"):
+            assert "na2d runs on reference, asked for" in explain()
+        assert "na2d runs on blocked, asked for" in explain()
+        with pytest.raises(KeyError), use_backend("reference"):
+            raise KeyError
+        assert "na2d runs on blocked, asked for" in explain()
+        with use_backend(None):
+            assert "chosen automatically" in explain()
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_dropout_under_torch_compile_has_a_backend_everywhere(device):
+    assert "na2d runs on exportable, chosen automatically" in explain(device, dropout=True, compiling=True)
