@@ -119,7 +119,7 @@ def test_a_length_grows_to_the_window_for_numbers_and_for_the_tensors_of_a_trace
     assert layers._at_least(7, torch.tensor(length)).item() == max(7, length)
 
 
-@needs_torch("2.7", "has no fake CUDA tensors where there is no driver")
+@needs_torch("2.13", "has no fake CUDA tensors where there is no driver")
 def test_a_small_map_is_padded_where_it_is():
     with FakeTensorMode():  # which refuses to mix devices, as a GPU does
         layer = NeighborhoodAttention2d(16, 2, device="cuda", dtype=torch.float16)

@@ -135,7 +135,7 @@ def test_no_backend_takes_a_window_larger_than_the_map(name):
         na2d(query, query, query, kernel_size=13)
 
 
-@needs_torch("2.7", "compiles to full graphs or says 'Observed exception' without its message")
+@needs_torch("2.9", "compiles to full graphs or says 'Observed exception' without its message")
 def test_a_refusal_reads_the_same_under_torch_compile(monkeypatch):
     query = torch.zeros(1, 9, 12, 2, 32, requires_grad=True)
     torch._dynamo.reset()
