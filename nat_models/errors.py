@@ -36,13 +36,14 @@ def require(package: str, minimum: str, what: str) -> None:
         UserError: It is older than `minimum`, which `what` needs.
     """
     found = version(package)
-    if _numbers(found) < _numbers(minimum):
+    if version_numbers(found) < version_numbers(minimum):
         command = f"pip install --upgrade '{package}>={minimum}'"
         raise UserError(f"{what} needs {package} {minimum} or newer, found {found}: {command}")
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", text.partition("+")[0])[:3]]
+def version_numbers(text: str) -> tuple[int, ...]:
+    """The first three numbers of a version, to compare by: those of "0.21.5rc1+cu130" are (0, 21, 5)."""
+    return tuple(int(number) for number in re.findall(r"\d+", text.partition("+")[0])[:3])
 
 
 def missing_extra(error: ModuleNotFoundError) -> UserError | None:

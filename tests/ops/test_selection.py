@@ -197,7 +197,10 @@ def test_natten_is_refused_where_the_package_is_missing_old_or_without_kernels(
         na2d(*tensors, **window)
 
 
-@pytest.mark.parametrize(("version", "runs"), [("0.20.1", False), ("0.21.5", True), ("0.22.0", True)])
+@pytest.mark.parametrize(
+    ("version", "runs"),
+    [("0.20.1", False), ("0.21.5", True), ("0.21.5rc1+torch290cu130", True), ("0.22.0", True)],
+)
 def test_natten_is_compiled_from_the_version_that_torch_compile_can_trace(version, runs, natten_package):
     natten_package(version=version)
     assert ("na2d runs on natten_fused" in explain("cuda", rpb=False, compiling=True)) is runs

@@ -7,6 +7,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from ...errors import version_numbers
 from ..request import Request
 
 SUMMARY = "NATTEN's fused kernels, without rpb; CUDA"
@@ -49,7 +50,7 @@ def _why_no_natten(device: str, compiling: bool) -> str | None:
     if importlib.util.find_spec("natten") is None:
         return "the package natten is not installed"
     version = importlib.metadata.version("natten")
-    number = tuple(int(x) for x in version.split("+")[0].split(".")[:3])
+    number = version_numbers(version)
     if number < (0, 20):
         return f"natten {version} is installed, its kernels have this form from 0.20 on"
     if device == "cpu":
