@@ -39,7 +39,9 @@ class ConvTokenizer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)  # convolutions then hand out what the norm reads: no copies
+        x = (
+            x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        )  # convolutions then hand out what the norm reads: no copies
         return self.norm(self.proj(x).permute(0, 2, 3, 1))  # [B, H, W, C]
 
 

@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensor
 from .backends import BACKENDS, KERNELS, autocast_enabled, autocast_off, native
 from .request import Request
 from .selection import select
-from .tracing import is_exporting
+from .tracing import is_exporting, is_transformed
 from .window import window_pair
 
 _Window = tuple[tuple[int, int], tuple[int, int], float]  # kernel_size, dilation, scale
@@ -92,10 +92,12 @@ def na2d_qkvpacked(
     window = _checked_window("qkv", qkv, rpb, kernel_size, dilation, scale)
     _check_dropout(dropout_p)
     requires_grad = torch.is_grad_enabled() and (qkv.requires_grad or (rpb is not None and rpb.requires_grad))
-    backend = select(_request(qkv, rpb, window, requires_grad, dropout_p))
+    request = _request(qkv, rpb, window, requires_grad, dropout_p)
+    backend = select(request)
     if dropout_p > 0.0 or backend not in KERNELS:
         return _call(backend, *qkv.unbind(3), rpb, window, dropout_p)
-    if backend == "native" and not requires_grad and rpb is not None and qkv.stride(-1) == 1 and not _jit_tracing():
+    wants_derivative = requires_grad or request.transformed
+    if backend == "native" and not wants_derivative and rpb is not None and qkv.stride(-1) == 1 and not _jit_tracing():
         kernel_size, dilation, scale = window
         return torch.ops.nat_models.na2d_qkvpacked_inference.default(
             qkv, native.as_rpb(rpb, qkv.dtype), *kernel_size, *dilation, scale
@@ -122,6 +124,7 @@ def _request(x: Tensor, rpb: Tensor | None, window: _Window, requires_grad: bool
         dropout=dropout_p > 0.0,
         compiling=compiling,
         exporting=exporting,
+        transformed=is_transformed(),
         # Tracers and dispatch modes must see one operator (FLOP counters, torch.jit.trace); explain() documents this.
         observed=not compiling and (torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0),
         # Comparing a symbolic size would bake the answer into the exported graph.

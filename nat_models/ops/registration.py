@@ -5,18 +5,21 @@
                              which saves the layer a copy
     na2d_qkvpacked_inference the same without gradients
 
-The kernels are the backends `native` and `blocked`; `selection` says which.
+The kernels are the backends `native` and `blocked`; `selection` says which. They compute the operator and its first
+derivatives. Above those (double backward, forward mode, torch.func's transforms) the operator is the plain operations
+of `exportable`, which PyTorch differentiates and batches to any order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .backends import BACKENDS, autocast_off
+from .backends import BACKENDS, autocast_off, exportable
 from .request import Request
 from .selection import select
+from .tracing import is_transformed
 
 _WINDOW = "int[2] kernel_size, int[2] dilation, float scale"
 # The gradient of rpb has no elements where rpb is None: a schema returns no optional tensor.
@@ -113,25 +116,102 @@ def _na2d_qkvpacked_backward_fake(grad_output, qkv, rpb, kernel_size, dilation, 
     return _empty(qkv), _rpb_gradient(rpb, qkv)
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.kernel_size, ctx.dilation, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
+def _plain(query, key, value, rpb, kernel_size, dilation, scale):
+    """na2d in plain operations, in place of a kernel."""
+    if query.numel() == 0:
+        return _empty(query)
+    with autocast_off(query):
+        return exportable.na2d(query, key, value, rpb, tuple(kernel_size), tuple(dilation), scale)
 
 
-def _autograd_of(backward_name: str):
-    def backward(ctx, grad_output):
+def _plain_backward(grad_output, query, key, value, rpb, kernel_size, dilation, scale):
+    if query.numel() == 0:
+        return *map(_empty, (query, key, value)), _rpb_gradient(None, query) if rpb is None else torch.zeros_like(rpb)
+    with autocast_off(query):
+        *grads, rpb_grad = exportable.na2d_gradients(
+            grad_output, query, key, value, rpb, tuple(kernel_size), tuple(dilation), scale
+        )
+    return *grads, _rpb_gradient(None, query) if rpb is None else rpb_grad
+
+
+def _plain_qkvpacked(qkv, *args):
+    return _plain(*qkv.unbind(3), *args)
+
+
+def _plain_qkvpacked_backward(grad_output, qkv, *args):
+    *grads, rpb_grad = _plain_backward(grad_output, *qkv.unbind(3), *args)
+    return torch.stack(grads, 3), rpb_grad
+
+
+class _Differentiable(torch.autograd.Function):
+    """A kernel's value, whose derivative is another operator or that of plain operations."""
+
+    @staticmethod
+    def forward(ctx, operator: "_Operator", keyset, *args):
+        ctx.operator, ctx.window = operator, args[-3:]
+        ctx.save_for_backward(*args[:-3])
+        return operator.below_autograd(keyset, *args)
+
+    @staticmethod
+    def backward(ctx, *grads):
         tensors = ctx.saved_tensors  # once: checkpointing hands them out a single time
-        op = getattr(torch.ops.nat_models, backward_name)
-        *grads, rpb_grad = op(grad_output, *tensors, ctx.kernel_size, ctx.dilation, ctx.scale)
-        return *grads, None if tensors[-1] is None else rpb_grad, None, None, None
-
-    return backward
+        wanted = ctx.needs_input_grad[2 : 2 + len(tensors)]
+        return None, None, *ctx.operator.derivative(grads, tensors, ctx.window, wanted), None, None, None
 
 
-for _name in ("na2d", "na2d_qkvpacked"):
-    torch.library.register_autograd(
-        f"nat_models::{_name}", _autograd_of(f"{_name}_backward"), setup_context=_setup_context
-    )
+class _Operator:
+    """What an operator does at the keys above its kernel.
+
+    Args:
+        name: Of the operator.
+        plain: The same in plain operations.
+        backward: The operator that computes its gradients; None where `plain` is differentiated for them.
+    """
+
+    def __init__(self, name: str, plain: Callable, backward: str | None) -> None:
+        self.op, self.plain, self.backward = getattr(torch.ops.nat_models, name).default, plain, backward
+        _LIBRARY.impl(name, self._autograd, "Autograd", with_keyset=True)
+        _LIBRARY.impl(name, plain, "FuncTorchBatched")
+
+    def _autograd(self, keyset, *args):
+        if is_transformed():
+            return self.plain(*args)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in args[:-3] if x is not None):
+            return _Differentiable.apply(self, keyset, *args)
+        return self.below_autograd(keyset, *args)
+
+    def below_autograd(self, keyset, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def derivative(self, grads, tensors, window, wanted):
+        """The gradients of `tensors`, None for those not wanted."""
+        if self.backward is None:
+            return self._derivative_of_plain(grads, tensors, window, wanted)
+        *found, rpb_grad = getattr(torch.ops.nat_models, self.backward)(*grads, *tensors, *window)
+        return *found, None if tensors[-1] is None else rpb_grad
+
+    def _derivative_of_plain(self, grads, tensors, window, wanted):
+        with torch.enable_grad():
+            # Views, because one tensor may stand in several places.
+            inputs = [x if x is None or not want else x.view_as(x) for x, want in zip(tensors, wanted, strict=True)]
+            outputs = self.plain(*inputs, *window)
+        used = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad]
+        sought = [x for x, want in zip(inputs, wanted, strict=True) if want]
+        if not used:  # an empty map
+            return [None] * len(tensors)
+        outputs, grads = zip(*used, strict=True)
+        found = iter(
+            torch.autograd.grad(outputs, sought, grads, create_graph=torch.is_grad_enabled(), allow_unused=True)
+        )
+        return [next(found) if want else None for want in wanted]
+
+
+_LIBRARY = torch.library.Library("nat_models", "FRAGMENT")
+_Operator("na2d", _plain, "na2d_backward")
+_Operator("na2d_qkvpacked", _plain_qkvpacked, "na2d_qkvpacked_backward")
+_Operator("na2d_backward", _plain_backward, None)
+_Operator("na2d_qkvpacked_backward", _plain_qkvpacked_backward, None)
 
 
 def pair_flops(shape: Sequence[int], kernel_size: Sequence[int]) -> int:

@@ -1,12 +1,13 @@
-"""Whether torch.export traces a call: torch.compiler.is_exporting as it is from PyTorch 2.12 on, for every version."""
+"""Who looks on while a call runs: torch.export, a transform of torch.func, forward-mode differentiation."""
 
 import torch
+from torch.autograd import forward_ad
 
 _NEW = torch.__version__ >= "2.12"  # a TorchVersion, which compares by number
 
 
 def is_exporting() -> bool:
-    """Whether torch.export, not torch.compile, traces this call.
+    """Whether torch.export, not torch.compile, traces this call: torch.compiler.is_exporting as it is from 2.12 on.
 
     Before 2.12 torch.compiler.is_exporting is true under torch.compile too (pytorch/pytorch#176499); 2.6 has none.
     """
@@ -22,3 +23,15 @@ def _dynamo_exports() -> bool:
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     return InstructionTranslator.current_tx().export
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp) or a forward-mode dual level surrounds this call."""
+    if torch.compiler.is_compiling():
+        return _transform_is_traced()
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+@torch.compiler.assume_constant_result  # Dynamo enters the transforms that it traces
+def _transform_is_traced() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

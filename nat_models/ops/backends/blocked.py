@@ -30,7 +30,11 @@ _CHUNK_ELEMENTS_DEFAULT = 1 << 26
 
 def why_not(request: Request) -> str | None:
     """Why it cannot run a kind of call; None if it can."""
-    return "torch.compile cannot trace its attention dropout" if request.dropout and request.compiling else None
+    if not request.dropout:
+        return None
+    if request.compiling:
+        return "torch.compile cannot trace its attention dropout"
+    return "scaled_dot_product_attention has no forward mode" if request.transformed else None
 
 
 class _Axis(NamedTuple):

@@ -36,6 +36,8 @@ def why_not(request: Request) -> str | None:
     """Why flex_attention cannot run a kind of call; None if it can."""
     if request.dropout:
         return "it drops no attention weights"
+    if request.transformed:
+        return "flex_attention has neither forward mode nor a batching rule"
     if request.device.type == "cpu":
         if request.requires_grad:
             return "flex_attention has no backward on the CPU"
