@@ -169,9 +169,12 @@ class _Operator:
     """
 
     def __init__(self, name: str, plain: Callable, backward: str | None) -> None:
-        self.op, self.plain, self.backward = getattr(torch.ops.nat_models, name).default, plain, backward
-        _LIBRARY.impl(name, self._autograd, "Autograd", with_keyset=True)
-        _LIBRARY.impl(name, plain, "FuncTorchBatched")
+        self.name, self.plain, self.backward = name, plain, backward
+        self.op = getattr(torch.ops.nat_models, name).default
+
+    def register(self, library: torch.library.Library) -> None:
+        library.impl(self.name, self._autograd, "Autograd", with_keyset=True)
+        library.impl(self.name, self.plain, "FuncTorchBatched")
 
     def _autograd(self, keyset, *args):
         if is_transformed():
@@ -208,10 +211,13 @@ class _Operator:
 
 
 _LIBRARY = torch.library.Library("nat_models", "FRAGMENT")
-_Operator("na2d", _plain, "na2d_backward")
-_Operator("na2d_qkvpacked", _plain_qkvpacked, "na2d_qkvpacked_backward")
-_Operator("na2d_backward", _plain_backward, None)
-_Operator("na2d_qkvpacked_backward", _plain_qkvpacked_backward, None)
+for _operator in (
+    _Operator("na2d", _plain, "na2d_backward"),
+    _Operator("na2d_qkvpacked", _plain_qkvpacked, "na2d_qkvpacked_backward"),
+    _Operator("na2d_backward", _plain_backward, None),
+    _Operator("na2d_qkvpacked_backward", _plain_qkvpacked_backward, None),
+):
+    _operator.register(_LIBRARY)
 
 
 def pair_flops(shape: Sequence[int], kernel_size: Sequence[int]) -> int:

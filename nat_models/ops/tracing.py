@@ -25,13 +25,7 @@ def _dynamo_exports() -> bool:
     return InstructionTranslator.current_tx().export
 
 
+@torch.compiler.assume_constant_result  # Dynamo enters the transforms that it traces, and guards on those around it
 def is_transformed() -> bool:
     """Whether a transform of torch.func (grad, vmap, jvp) or a forward-mode dual level surrounds this call."""
-    if torch.compiler.is_compiling():
-        return _transform_is_traced()
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-@torch.compiler.assume_constant_result  # Dynamo enters the transforms that it traces
-def _transform_is_traced() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
