@@ -192,7 +192,7 @@ def na2d(
     library = _load()
     query, key, value = _dense_last(query), _dense_last(key), _dense_last(value)
     bias = as_rpb(rpb, query.dtype)
-    out = torch.empty(query.shape, dtype=query.dtype)
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)  # not the default device
     if out.numel():
         _check(library.nat_na2d_forward(_call(out, None, query, key, value, bias, kernel_size, dilation, scale)))
     return out
