@@ -101,7 +101,7 @@ def _na2d_qkvpacked_backward(grad_output, qkv, rpb, kernel_size, dilation, scale
 # passes it by, for it costs a call through Python.
 @torch.library.impl("nat_models::na2d_qkvpacked_inference", "Autograd")
 def _na2d_qkvpacked_inference_has_no_derivative(qkv, rpb, *window):
-    if torch.is_grad_enabled() and (qkv.requires_grad or rpb.requires_grad) or _has_tangent(qkv, rpb):
+    if (torch.is_grad_enabled() and (qkv.requires_grad or rpb.requires_grad)) or _has_tangent(qkv, rpb):
         raise RuntimeError(
             "na2d_qkvpacked_inference has no derivative: call nat_models.ops.na2d_qkvpacked, which has, or call under"
             " torch.no_grad() and without forward-mode tangents."

@@ -147,8 +147,10 @@ def as_rpb(rpb: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _check(status: int) -> None:
-    if status:
-        raise MemoryError("na2d: no memory for scratch") if status == 1 else RuntimeError(f"na2d: {status=}")
+    if status == 1:
+        raise MemoryError("na2d: no memory for scratch")
+    if status:  # shapes and dtypes are checked before
+        raise RuntimeError(f"na2d: the data of all tensors must be there, and aligned to its dtype ({status=}).")
 
 
 def _call(
