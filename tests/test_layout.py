@@ -14,6 +14,7 @@ ROOMS = [
     ["errors"],
     ["resources"],
     ["ops.window", "ops.request", "ops.tracing"],
+    ["ops.checks"],
     ["ops.backends"],
     ["ops.selection"],
     ["ops.registration"],

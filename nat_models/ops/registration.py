@@ -14,9 +14,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from .backends import BACKENDS, autocast_off, exportable
+from .checks import check_apart, check_packed
 from .request import Request
 from .selection import select
 from .tracing import is_transformed
@@ -29,9 +31,9 @@ _SCHEMAS = {
     " -> (Tensor, Tensor, Tensor, Tensor)",
     "na2d_qkvpacked": f"(Tensor qkv, Tensor? rpb, {_WINDOW}) -> Tensor",
     "na2d_qkvpacked_backward": f"(Tensor grad_output, Tensor qkv, Tensor? rpb, {_WINDOW}) -> (Tensor, Tensor)",
-    # No autograd formula: registering one would route every call through Python. The types are those that a C function
-    # takes: backends/native.py registers the kernel when it loads the library, and from then on a call in a network
-    # reaches it without Python.
+    # No derivative: a formula would route every call through Python. The types are those that a C function takes:
+    # backends/native.py registers the kernel when it loads the library, and from then on a call in a network reaches it
+    # without Python.
     "na2d_qkvpacked_inference": "(Tensor qkv, Tensor rpb, int kernel_height, int kernel_width, int dilation_height,"
     " int dilation_width, float scale) -> Tensor",
 }
@@ -56,90 +58,122 @@ def _rpb_gradient(rpb: Tensor | None, like: Tensor) -> Tensor:
 def _forward(query, key, value, rpb, kernel_size, dilation, scale):
     kernel = _kernel(query, scale, "operator")
     with autocast_off(query):
-        return kernel.na2d(query, key, value, rpb, tuple(kernel_size), tuple(dilation), scale)
+        return kernel.na2d(query, key, value, rpb, kernel_size, dilation, scale)
 
 
 def _backward(grads, grad_output, query, key, value, rpb, kernel_size, dilation, scale):
     kernel = _kernel(query, scale, "backward")
     with autocast_off(query):
-        rpb_grad = kernel.na2d_backward(
-            grad_output, query, key, value, rpb, tuple(kernel_size), tuple(dilation), scale, grads
-        )
+        rpb_grad = kernel.na2d_backward(grad_output, query, key, value, rpb, kernel_size, dilation, scale, grads)
     return _rpb_gradient(None, query) if rpb is None else rpb_grad
 
 
+# Anyone can call an operator, with anything: kernels and fakes check what they are given.
 @torch.library.impl("nat_models::na2d", "CompositeExplicitAutograd")
-def _na2d(*args):
-    return _forward(*args)
+def _na2d(query, key, value, rpb, kernel_size, dilation, scale):
+    window = check_apart(query, key, value, rpb, kernel_size, dilation)
+    return _forward(query, key, value, rpb, *window, scale)
 
 
 @torch.library.impl("nat_models::na2d_backward", "CompositeExplicitAutograd")
-def _na2d_backward(grad_output, query, key, value, *args):
+def _na2d_backward(grad_output, query, key, value, rpb, kernel_size, dilation, scale):
+    window = check_apart(query, key, value, rpb, kernel_size, dilation, grad_output)
     grads = [_empty(x) for x in (query, key, value)]
-    return *grads, _backward(grads, grad_output, query, key, value, *args)
+    return *grads, _backward(grads, grad_output, query, key, value, rpb, *window, scale)
 
 
 @torch.library.impl("nat_models::na2d_qkvpacked", "CompositeExplicitAutograd")
-def _na2d_qkvpacked(qkv, *args):
-    return _forward(*qkv.unbind(3), *args)
+def _na2d_qkvpacked(qkv, rpb, kernel_size, dilation, scale):
+    window = check_packed(qkv, rpb, kernel_size, dilation)
+    return _forward(*qkv.unbind(3), rpb, *window, scale)
 
 
 @torch.library.impl("nat_models::na2d_qkvpacked_inference", "CompositeExplicitAutograd")
 def _na2d_qkvpacked_inference(qkv, rpb, kernel_height, kernel_width, dilation_height, dilation_width, scale):
-    return _forward(*qkv.unbind(3), rpb, (kernel_height, kernel_width), (dilation_height, dilation_width), scale)
+    return _na2d_qkvpacked(qkv, rpb, (kernel_height, kernel_width), (dilation_height, dilation_width), scale)
 
 
 @torch.library.impl("nat_models::na2d_qkvpacked_backward", "CompositeExplicitAutograd")
-def _na2d_qkvpacked_backward(grad_output, qkv, *args):
+def _na2d_qkvpacked_backward(grad_output, qkv, rpb, kernel_size, dilation, scale):
+    window = check_packed(qkv, rpb, kernel_size, dilation, grad_output)
     grad = _empty(qkv)
-    return grad, _backward(grad.unbind(3), grad_output, *qkv.unbind(3), *args)
+    return grad, _backward(grad.unbind(3), grad_output, *qkv.unbind(3), rpb, *window, scale)
+
+
+# Without this, PyTorch would give zeros for the derivatives of a direct call, after a warning or none. `functional`
+# passes it by, for it costs a call through Python.
+@torch.library.impl("nat_models::na2d_qkvpacked_inference", "Autograd")
+def _na2d_qkvpacked_inference_has_no_derivative(qkv, rpb, *window):
+    if (torch.is_grad_enabled() and (qkv.requires_grad or rpb.requires_grad)) or _has_tangent(qkv, rpb):
+        raise RuntimeError(
+            "na2d_qkvpacked_inference has no derivative: call nat_models.ops.na2d_qkvpacked, which has, or call under"
+            " torch.no_grad() and without forward-mode tangents."
+        )
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.nat_models.na2d_qkvpacked_inference.default(qkv, rpb, *window)
+
+
+def _has_tangent(*tensors: Tensor) -> bool:
+    if forward_ad._current_level < 0:  # no forward-mode differentiation goes on
+        return False
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 @torch.library.register_fake("nat_models::na2d")
 def _na2d_fake(query, key, value, rpb, kernel_size, dilation, scale):
+    check_apart(query, key, value, rpb, kernel_size, dilation)
     return _empty(query)
 
 
 @torch.library.register_fake("nat_models::na2d_backward")
 def _na2d_backward_fake(grad_output, query, key, value, rpb, kernel_size, dilation, scale):
+    check_apart(query, key, value, rpb, kernel_size, dilation, grad_output)
     return _empty(query), _empty(key), _empty(value), _rpb_gradient(rpb, query)
 
 
 @torch.library.register_fake("nat_models::na2d_qkvpacked")
-@torch.library.register_fake("nat_models::na2d_qkvpacked_inference")
-def _na2d_qkvpacked_fake(qkv, *args):
+def _na2d_qkvpacked_fake(qkv, rpb, kernel_size, dilation, scale):
+    check_packed(qkv, rpb, kernel_size, dilation)
     return _empty(qkv.select(3, 0))
+
+
+@torch.library.register_fake("nat_models::na2d_qkvpacked_inference")
+def _na2d_qkvpacked_inference_fake(qkv, rpb, kernel_height, kernel_width, dilation_height, dilation_width, scale):
+    return _na2d_qkvpacked_fake(qkv, rpb, (kernel_height, kernel_width), (dilation_height, dilation_width), scale)
 
 
 @torch.library.register_fake("nat_models::na2d_qkvpacked_backward")
 def _na2d_qkvpacked_backward_fake(grad_output, qkv, rpb, kernel_size, dilation, scale):
+    check_packed(qkv, rpb, kernel_size, dilation, grad_output)
     return _empty(qkv), _rpb_gradient(rpb, qkv)
 
 
 def _plain(query, key, value, rpb, kernel_size, dilation, scale):
     """na2d in plain operations, in place of a kernel."""
+    window = check_apart(query, key, value, rpb, kernel_size, dilation)
     if query.numel() == 0:
         return _empty(query)
     with autocast_off(query):
-        return exportable.na2d(query, key, value, rpb, tuple(kernel_size), tuple(dilation), scale)
+        return exportable.na2d(query, key, value, rpb, *window, scale)
 
 
 def _plain_backward(grad_output, query, key, value, rpb, kernel_size, dilation, scale):
+    window = check_apart(query, key, value, rpb, kernel_size, dilation, grad_output)
     if query.numel() == 0:
         return *map(_empty, (query, key, value)), _rpb_gradient(None, query) if rpb is None else torch.zeros_like(rpb)
     with autocast_off(query):
-        *grads, rpb_grad = exportable.na2d_gradients(
-            grad_output, query, key, value, rpb, tuple(kernel_size), tuple(dilation), scale
-        )
+        *grads, rpb_grad = exportable.na2d_gradients(grad_output, query, key, value, rpb, *window, scale)
     return *grads, _rpb_gradient(None, query) if rpb is None else rpb_grad
 
 
-def _plain_qkvpacked(qkv, *args):
-    return _plain(*qkv.unbind(3), *args)
+def _plain_qkvpacked(qkv, rpb, kernel_size, dilation, scale):
+    check_packed(qkv, rpb, kernel_size, dilation)
+    return _plain(*qkv.unbind(3), rpb, kernel_size, dilation, scale)
 
 
-def _plain_qkvpacked_backward(grad_output, qkv, *args):
-    *grads, rpb_grad = _plain_backward(grad_output, *qkv.unbind(3), *args)
+def _plain_qkvpacked_backward(grad_output, qkv, rpb, kernel_size, dilation, scale):
+    check_packed(qkv, rpb, kernel_size, dilation, grad_output)
+    *grads, rpb_grad = _plain_backward(grad_output, *qkv.unbind(3), rpb, kernel_size, dilation, scale)
     return torch.stack(grads, 3), rpb_grad
 
 
