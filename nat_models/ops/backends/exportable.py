@@ -14,7 +14,7 @@ from torch import Tensor
 from ..request import Request
 from ..window import group_length, window_start
 
-SUMMARY = "blocked in operations that know no size; what torch.export writes down"
+SUMMARY = "blocked in operations that know no size; what exporters write down"
 
 _TILE = 7
 
@@ -104,7 +104,7 @@ def na2d(
     rows, cols = (_axis(n, k, d, query.device) for n, k, d in zip((height, width), kernel_size, dilation, strict=True))
     q = _gather(query, rows.queries, cols.queries) * scale
     k, v = (_gather(x, rows.keys, cols.keys) for x in (key, value))
-    weights = (q @ k.mT + _mask(rpb.to(wide), rows, cols)).softmax(-1)
+    weights = (q @ k.transpose(-1, -2) + _mask(rpb.to(wide), rows, cols)).softmax(-1)
     if dropout_p > 0.0:
         weights = F.dropout(weights, dropout_p)
     out = (weights @ v).transpose(2, 3).reshape(batch, -1, num_heads, head_dim)  # [B, R * C * t * u, ...]
