@@ -94,7 +94,8 @@ class NeighborhoodAttention2d(nn.Module):
             qkv = qkv.view(batch, height, width, 3, self.num_heads, self.head_dim)
         else:
             qkv = _pad(qkv, self.qkv.bias, _at_least(rows, height), _at_least(cols, width))
-            qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
+            # Not unflatten: of its result the TorchScript exporter to ONNX takes the sizes for constants.
+            qkv = qkv.view(*qkv.shape[:3], 3, self.num_heads, self.head_dim)
         x = na2d_qkvpacked(
             qkv,
             kernel_size=self.kernel_size,

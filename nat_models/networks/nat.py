@@ -20,8 +20,10 @@ from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from ..checkpoints import load_weights
+from ..complexity import tell_counters
 from ..layers import NeighborhoodAttention2d
 from ..ops.tracing import is_exporting
+from .features import feature_arguments
 
 __all__ = ["NAT"]
 
@@ -160,9 +162,11 @@ class NAT(nn.Module):
         proj_drop_rate: Dropout of attention and MLP outputs.
         attn_drop_rate: Dropout of attention weights; above 0, training is slower.
         drop_path_rate: Stochastic depth of the last block; it grows linearly from 0.
+        output_stride: 32, which timm's users may state.
 
     Raises:
-        ValueError: depths and num_heads differ in length; a level's channels are not divisible by its heads.
+        ValueError: depths and num_heads differ in length; a level's channels are not divisible by its heads; another
+            output_stride.
     """
 
     def __init__(
@@ -181,6 +185,7 @@ class NAT(nn.Module):
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.2,
+        output_stride: int = 32,
         device=None,
         dtype=None,
     ) -> None:
@@ -188,6 +193,8 @@ class NAT(nn.Module):
         super().__init__()
         if len(depths) != len(num_heads):
             raise ValueError(f"depths and num_heads must name the same levels, got {depths=}, {num_heads=}.")
+        if output_stride != 32:
+            raise ValueError(f"output_stride must be 32, the networks have no dilated form, got {output_stride=}.")
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.global_pool = global_pool
@@ -229,6 +236,15 @@ class NAT(nn.Module):
             **dd,
         )
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
+        self.apply(_init_weights)
+        tell_counters()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Gives every parameter a new initial value, after `to_empty` say."""
+        for module in self.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
         self.apply(_init_weights)
 
     @torch.jit.ignore
@@ -288,11 +304,17 @@ class NAT(nn.Module):
             ValueError: Another output_fmt.
         """
         if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt=}.")
+            raise ValueError(
+                f"output_fmt must be 'NCHW' or 'NHWC', got output_fmt='{output_fmt}'."
+            )  # TorchScript has no `=`
         take, last = feature_take_indices(len(self.levels), indices)
         intermediates = []
         x = self.patch_embed(x)
-        for i, level in enumerate(self.levels[: last + 1] if stop_early else self.levels):
+        if torch.jit.is_scripting() or not stop_early:  # noqa: SIM108  TorchScript slices no Sequential
+            levels = self.levels
+        else:
+            levels = self.levels[: last + 1]
+        for i, level in enumerate(levels):
             x = level(x)
             if i in take:
                 feature = self.norm(x) if norm and i == len(self.levels) - 1 else x
@@ -341,10 +363,10 @@ def _init_weights(module: nn.Module) -> None:
 
 
 def _create_nat(variant: str, pretrained: bool = False, **kwargs) -> NAT:
-    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
     cache_dir = kwargs.pop("cache_dir", None)
     if kwargs.get("features_only"):
         kwargs.setdefault("num_classes", 0)  # a checkpoint without a head serves too
+        kwargs["feature_cfg"] = feature_arguments(kwargs)
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
 
     def create(**model_kwargs) -> NAT:
@@ -357,8 +379,6 @@ def _create_nat(variant: str, pretrained: bool = False, **kwargs) -> NAT:
         create,
         variant,
         pretrained=False,
-        # The getter hands out NCHW maps, as users of features_only expect.
-        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
         **kwargs,
     )
 

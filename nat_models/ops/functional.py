@@ -10,7 +10,7 @@ from .backends import BACKENDS, KERNELS, autocast_enabled, autocast_off, native
 from .checks import check_apart, check_packed
 from .request import Request
 from .selection import select
-from .tracing import is_exporting, is_transformed
+from .tracing import is_converting, is_exporting, is_transformed
 
 _Window = tuple[tuple[int, int], tuple[int, int], float]  # kernel_size, dilation, scale
 
@@ -111,7 +111,7 @@ def _jit_tracing() -> bool:
 def _request(x: Tensor, rpb: Tensor | None, window: _Window, requires_grad: bool, dropout_p: float) -> Request:
     """The kind of a call with query or a packed qkv `x`."""
     compiling = torch.compiler.is_compiling()
-    exporting = compiling and is_exporting()
+    exporting = is_exporting() if compiling else is_converting()
     return Request(
         x.device,
         x.dtype,

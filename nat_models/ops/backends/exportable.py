@@ -17,7 +17,7 @@ from torch import Tensor
 from ..request import Request
 from ..window import group_length, window_start
 
-SUMMARY = "blocked in operations that know no size; what torch.export writes down and torch.func transforms"
+SUMMARY = "blocked in operations that know no size; what exporters write down and torch.func transforms"
 
 _TILE = 7
 
