@@ -49,7 +49,7 @@ def find_network(checkpoint: object) -> Network:
     Raises:
         CheckpointError: There is none, or several that differ and of which none comes first.
     """
-    found = sorted(_networks(checkpoint), key=lambda network: (network.rank, len(network.place)))
+    found = sorted(_networks(checkpoint), key=lambda network: network.rank)
     if not found:
         return _unmarked(checkpoint)
     first = found[0]
@@ -65,7 +65,7 @@ def find_network(checkpoint: object) -> Network:
 
 def _networks(checkpoint: object) -> Iterator[Network]:
     for path, tensors in _mappings(checkpoint):
-        prefixes = {key[: match.start()] for key in tensors if (match := _STEM.search(key))}
+        prefixes = dict.fromkeys(key[: match.start()] for key in tensors if (match := _STEM.search(key)))
         for prefix in prefixes:
             inner = tuple(p for p in prefixes if p != prefix and p.startswith(prefix))
             own = {

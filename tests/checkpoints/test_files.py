@@ -1,4 +1,4 @@
-"""Reading files: what is intact is not called damaged; what cannot be read says what it is, and nothing of it is run."""
+"""Reading files: what is intact is not called damaged; what cannot be read says what it is; nothing is run."""
 
 import argparse
 import json
@@ -71,18 +71,19 @@ def test_a_file_with_more_than_tensors_says_what_and_loads_when_it_is_trusted(tm
 
 
 def test_all_classes_of_an_archive_are_named_those_of_everybody_last(tmp_path):
-    torch.save({"a": Container(Config()), "b": np.float64(1), "c": bytearray()}, tmp_path / "run.pth")
+    more = {"a": Container(Config()), "b": pathlib.PurePosixPath("a"), "c": [dict, int], "d": nn.GELU()}
+    torch.save(more, tmp_path / "run.pth")
     first = _refusal(tmp_path / "run.pth").splitlines()[0]
-    assert "multiarray.scalar" in first and "numpy.dtype" in first and "test_files.Config" in first
-    assert "and 2 more" in first or ("and 1 more" in first and "builtins" not in first)
+    for name in ("PurePosixPath", "test_files.Config", "test_files.Container", "GELU and 2 more."):
+        assert name in first
 
 
 def test_arguments_of_argparse_load_as_in_timm_and_what_the_caller_allowed_stays_allowed(tmp_path):
     state_dict, path = random_state_dict("original"), tmp_path / "run.pth"
     torch.save({"state_dict": state_dict, "args": argparse.Namespace(lr=1.0)}, path)
-    before = torch.serialization.get_safe_globals()
+    before = set(torch.serialization.get_safe_globals())
     assert same_tensors(load_file(path), state_dict)
-    assert torch.serialization.get_safe_globals() == before
+    assert set(torch.serialization.get_safe_globals()) == before
     with torch.serialization.safe_globals([argparse.Namespace]):
         load_file(path)
         assert argparse.Namespace in torch.serialization.get_safe_globals()
@@ -220,11 +221,12 @@ def test_a_folder_without_a_known_name_lists_what_it_holds(tmp_path):
     assert "dcp_to_torch" in _refusal(tmp_path)
 
 
-def test_a_distributed_checkpoint_loads_after_what_the_error_says(tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_distributed_checkpoint_loads_after_what_the_error_says(tmp_path):
     import torch.distributed.checkpoint as dcp
 
     state_dict, folder = random_state_dict("original"), tmp_path / "dcp"
-    dcp.save({"model": state_dict, "epoch": 3}, checkpoint_id=str(folder), no_dist=True)
+    dcp.save({"model": state_dict, "epoch": 3}, checkpoint_id=str(folder))
     command = _refusal(folder).partition("python -m ")[2].split()
     subprocess.run([sys.executable, "-m", *command], cwd=tmp_path, check=True, capture_output=True, timeout=300)
     assert same_tensors(load_file(tmp_path / "weights.pth"), state_dict)
