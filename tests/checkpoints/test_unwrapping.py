@@ -72,6 +72,7 @@ def test_the_same_network_twice_is_one():
     copy = {key: value.clone() for key, value in OURS.items()}
     found = find_network({"state_dict": _prefixed(OURS, "model.") | _prefixed(copy, "metric.inner.net.")})
     assert _is(found.tensors, OURS) and found.place == "checkpoint['state_dict']['model.*']"
+    assert _is(unwrap(OURS | _prefixed(copy, "metric.net.")), OURS)
 
 
 def test_what_stands_beside_the_network_is_kept_apart():
