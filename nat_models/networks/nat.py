@@ -372,7 +372,7 @@ def _create_nat(variant: str, pretrained: bool = False, **kwargs) -> NAT:
     def create(**model_kwargs) -> NAT:
         model = NAT(**model_kwargs)
         if pretrained:  # here, before timm wraps the model for features_only
-            load_weights(model, variant, cfg.to_dict(), cache_dir)
+            load_weights(model, variant, cfg.to_dict(), cache_dir, features_only=bool(kwargs.get("features_only")))
         return model
 
     return build_model_with_cfg(
