@@ -5,9 +5,6 @@ import sys
 import torch
 from torch.autograd import forward_ad
 
-import torch
-from torch.autograd import forward_ad
-
 _NEW = torch.__version__ >= "2.12"  # a TorchVersion, which compares by number
 
 
