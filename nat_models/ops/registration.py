@@ -38,9 +38,16 @@ for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"nat_models::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
 
 
+# No address space holds more. An expanded tensor can claim it, and a plan for it would fill the memory first.
+_MAX_ELEMENTS = 1 << 48
+
+
 def _kernel(query: Tensor, scale: float, stage: str):
     """The backend that runs inside the operator."""
-    request = Request(query.device, query.dtype, query.shape[-1], scale, empty=query.numel() == 0, stage=stage)
+    elements = query.numel()
+    if elements > _MAX_ELEMENTS:
+        raise ValueError(f"The result would have {tuple(query.shape)} elements, more than any memory holds.")
+    request = Request(query.device, query.dtype, query.shape[-1], scale, empty=elements == 0, stage=stage)
     return BACKENDS[select(request)]
 
 
@@ -79,15 +86,19 @@ def _na2d_backward(grad_output, query, key, value, rpb, kernel_size, dilation, s
     return *grads, _backward(grads, grad_output, query, key, value, rpb, *window, scale)
 
 
-@torch.library.impl("nat_models::na2d_qkvpacked", "CompositeExplicitAutograd")
-def _na2d_qkvpacked(qkv, rpb, kernel_size, dilation, scale):
+def _forward_packed(qkv, rpb, kernel_size, dilation, scale):
     window = check_packed(qkv, rpb, kernel_size, dilation)
     return _forward(*qkv.unbind(3), rpb, *window, scale)
 
 
+@torch.library.impl("nat_models::na2d_qkvpacked", "CompositeExplicitAutograd")
+def _na2d_qkvpacked(*args):
+    return _forward_packed(*args)
+
+
 @torch.library.impl("nat_models::na2d_qkvpacked_inference", "CompositeExplicitAutograd")
 def _na2d_qkvpacked_inference(qkv, rpb, kernel_height, kernel_width, dilation_height, dilation_width, scale):
-    return _na2d_qkvpacked(qkv, rpb, (kernel_height, kernel_width), (dilation_height, dilation_width), scale)
+    return _forward_packed(qkv, rpb, (kernel_height, kernel_width), (dilation_height, dilation_width), scale)
 
 
 @torch.library.impl("nat_models::na2d_qkvpacked_backward", "CompositeExplicitAutograd")

@@ -129,7 +129,8 @@ def _plan_of(
     tile: int,
     device: torch.device,
 ) -> _Plan:
-    rows, cols = (_axis(n, k, d, tile, device) for n, k, d in zip(size, kernel_size, dilation, strict=True))
+    with torch.device("cpu"):  # where an axis is made before it goes to `device`; the default may be another
+        rows, cols = (_axis(n, k, d, tile, device) for n, k, d in zip(size, kernel_size, dilation, strict=True))
     (_, t, h), (tiles, u, w) = rows.offsets.shape, cols.offsets.shape
     height, width = (2 * k - 1 for k in kernel_size)
     # Pairs outside the window (-1) index the extra row or column of -inf.
