@@ -67,7 +67,7 @@ def _forward(query, key, value, rpb, kernel_size, dilation, scale):
 
 def _backward(grads, grad_output, query, key, value, rpb, kernel_size, dilation, scale):
     kernel = _kernel(query, scale, "backward")
-    with autocast_off(query):
+    with torch.no_grad(), autocast_off(query):  # a direct call may come with gradients on
         rpb_grad = kernel.na2d_backward(grad_output, query, key, value, rpb, kernel_size, dilation, scale, grads)
     return _rpb_gradient(None, query) if rpb is None else rpb_grad
 
@@ -112,7 +112,8 @@ def _na2d_qkvpacked_backward(grad_output, qkv, rpb, kernel_size, dilation, scale
 # passes it by, for it costs a call through Python.
 @torch.library.impl("nat_models::na2d_qkvpacked_inference", "Autograd")
 def _na2d_qkvpacked_inference_has_no_derivative(qkv, rpb, *window):
-    if (torch.is_grad_enabled() and (qkv.requires_grad or rpb.requires_grad)) or _has_tangent(qkv, rpb):
+    tensors = [x for x in (qkv, rpb) if x is not None]  # the kernel says what it takes
+    if (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)) or _has_tangent(*tensors):
         raise RuntimeError(
             "na2d_qkvpacked_inference has no derivative: call nat_models.ops.na2d_qkvpacked, which has, or call under"
             " torch.no_grad() and without forward-mode tangents."

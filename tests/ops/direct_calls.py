@@ -17,7 +17,6 @@ from nat_models.ops import use_backend
 from nat_models.ops.backends import flex, native, reference
 from nat_models.ops.window import window
 
-OPERATORS = ["na2d", "na2d_backward", "na2d_qkvpacked", "na2d_qkvpacked_backward", "na2d_qkvpacked_inference"]
 NUMBERS = [*range(-3, 10), 2**31 - 1, 2**31, 2**62, 2**63 - 1]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 OTHER_DTYPES = [torch.float8_e5m2, torch.complex64, torch.int64, torch.bool]
@@ -28,6 +27,8 @@ TOLERANCES = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 4 * 2**
 VIEWS = ["transposed", "sparse last axis", "overlapping", "expanded", "requires grad", "inference"]
 BREAKS = ["rank below", "rank above", "longer", "empty axis", "dtype", "meta", "none"]
 ODDITIES = ["coo", "csr", "mkldnn", "nested", "jagged", "negative", "zero tensor", "misaligned"]
+# Those that copy nothing.
+MEMORYLESS = {"overlapping", "expanded", "requires grad", "rank below", "rank above", "empty axis", "meta", "none"}
 
 
 def _names(operator: str, with_rpb: bool) -> list[str]:
@@ -43,7 +44,12 @@ def calls(draw, operator: str) -> dict:
     kernel, dilation = [pick(3, 3, 5, 7), pick(3, 3, 5, 7)], [pick(1, 1, 2, 3), pick(1, 1, 2, 4)]
     call = dict(
         operator=operator,
-        shape=[number(0, 3), *(k * d + number(0, 9) for k, d in zip(kernel, dilation)), number(0, 3), number(0, 20)],
+        shape=[
+            number(0, 3),
+            *(k * d + number(0, 9) for k, d in zip(kernel, dilation, strict=True)),
+            number(0, 3),
+            number(0, 20),
+        ],
         kernel_size=kernel,
         dilation=dilation,
         scale=pick(0.25, 0.25, 1.0, -1.0, 0.0, float("inf"), float("nan")),
@@ -61,15 +67,20 @@ def calls(draw, operator: str) -> dict:
         call["shape"][0] = pick(0, 0, 0, 1)
         for axis in (1, 2, 3, 4):
             call["shape"][axis] = pick(call["shape"][axis], 1, 2**31 - 1, 2**31, 2**62)
-        kernel[:] = [pick(3, 7, 2**31 - 1, 2**61 + 1) for _ in kernel]
+        # A table for 2**31 - 1 keys might just fit in memory, and fill it.
+        kernel[:] = [pick(3, 7, 2**45 + 1 if call["with_rpb"] else 2**31 - 1, 2**61 + 1) for _ in kernel]
         call["huge"] = True
     for _ in range(pick(0, 0, 1, 1, 2, 3)):
         kind = pick("window", "view", "view", "break", "break", "oddity")
         if kind == "window":
             name = pick("kernel_size", "dilation")
-            call[name] = draw(st.sampled_from([call[name], [1, 5], []]) | st.lists(st.sampled_from(NUMBERS), max_size=3))
+            call[name] = draw(
+                st.sampled_from([call[name], [1, 5], []]) | st.lists(st.sampled_from(NUMBERS), max_size=3)
+            )
             continue
         change = pick(*{"view": VIEWS, "break": BREAKS, "oddity": ODDITIES}[kind])
+        if call["huge"] and change not in MEMORYLESS:
+            continue
         axis, dtype = number(0, 5), pick(*DTYPES, *OTHER_DTYPES)
         call["changes"].append((pick(*_names(operator, call["with_rpb"])), change, axis, dtype))
     return call
@@ -172,17 +183,19 @@ def _is_legal(call: dict, tensors: dict) -> bool:
         dtypes = {first.dtype, torch.float32} if name == "rpb" else {first.dtype}
         if list(x.shape) != expected or x.dtype not in dtypes or x.device != first.device:
             return False
-    return (
-        len(shape) == 5
-        and first.dtype in DTYPES
-        and all(k >= 3 and k % 2 == 1 and d >= 1 and k * d <= n for k, d, n in zip(kernel, dilation, shape[1:3]))
-    )
+    if len(shape) != 5 or first.dtype not in DTYPES:
+        return False
+    return all(_fits(*axis) for axis in zip(shape[1:3], kernel, dilation, strict=True))
+
+
+def _fits(length: int, kernel: int, dilation: int) -> bool:
+    return kernel >= 3 and kernel % 2 == 1 and dilation >= 1 and kernel * dilation <= length
 
 
 def _arguments(call: dict, tensors: dict) -> list:
     values = list(tensors.values()) + [None] * (not call["with_rpb"])
     if call["operator"].endswith("inference"):
-        pairs = [(x + [3, 3])[:2] for x in (call["kernel_size"], call["dilation"])]
+        pairs = [[*x, 3, 3][:2] for x in (call["kernel_size"], call["dilation"])]
         call.update(kernel_size=pairs[0], dilation=pairs[1])
         return [*values, *pairs[0], *pairs[1], call["scale"]]
     return [*values, call["kernel_size"], call["dilation"], call["scale"]]
@@ -229,8 +242,7 @@ def attempt(call: dict) -> str:
         stack.enter_context(torch.device(call["default_device"]))
         try:
             output = operator(*arguments)
-        except (RuntimeError, ValueError, TypeError, MemoryError, AttributeError) as error:
-            assert "none" in kinds or not isinstance(error, AttributeError), error
+        except (RuntimeError, ValueError, TypeError, MemoryError) as error:
             refusal = f"{type(error).__name__}: {error}"
             output = None
     odd = kinds & set(ODDITIES)
@@ -238,7 +250,7 @@ def attempt(call: dict) -> str:
     if output is None:
         # The C++ of the inference operator reads dense and wide tensors only; a legal map may fit no memory, or its
         # strides no integer.
-        excused = inference and (wants_grad or kinds & {*VIEWS, "dtype", "meta", "none"})
+        excused = inference and (wants_grad or kinds & {*VIEWS, *ODDITIES, "dtype", "meta", "none"})
         excused = excused or call["huge"] or any(x is not None and x.device.type == "meta" for x in tensors.values())
         excused = excused or (wants_grad and "inference" in kinds)  # autograd saves no such tensor
         assert not legal or excused, f"refused a legal call: {refusal}"
@@ -287,9 +299,8 @@ def plan_calls(draw) -> dict:
 def attempt_plan(call: dict) -> str:
     """The same for flex_plan."""
     size, kernel, dilation = call["size"], call["kernel_size"], call["dilation"]
-    legal = [len(size), len(kernel), len(dilation)] == [2, 2, 2] and all(
-        k >= 3 and k % 2 == 1 and d >= 1 and k * d <= n for n, k, d in zip(size, kernel, dilation)
-    )
+    legal = [len(size), len(kernel), len(dilation)] == [2, 2, 2]
+    legal = legal and all(_fits(*axis) for axis in zip(size, kernel, dilation, strict=True))
     try:
         plan = torch.ops.nat_models.flex_plan(*call.values())
     except (RuntimeError, ValueError, TypeError, AssertionError):
@@ -320,16 +331,21 @@ def _check_plan(plan, tile, size, kernel, dilation) -> None:
     assert kept[place[:, None] // 128, keys // 128].all()
 
 
-def main(operator: str, examples: str, log: str, library: str | None = None) -> None:
-    """Makes random calls of one operator; `log` holds the last of them. Prints how many were answered and refused."""
+def main(operators: str, examples: str, log: str, library: str | None = None) -> None:
+    """Makes random calls of operators; `log` holds the last of them. Prints how many were answered and refused."""
     if library is not None:
         native._find = lambda: Path(library)
         assert native.available()[0], native.available()[1]
     warnings.simplefilter("ignore")  # of PyTorch, on nested and sparse tensors
+    for operator in operators.split(","):
+        print(operator, *_run(operator, int(examples), Path(log)))
+
+
+def _run(operator: str, examples: int, log: Path) -> list[int]:
     outcomes = dict(answered=0, refused=0)
 
     @settings(
-        max_examples=int(examples),
+        max_examples=examples,
         deadline=None,
         derandomize=True,
         database=None,
@@ -339,11 +355,11 @@ def main(operator: str, examples: str, log: str, library: str | None = None) -> 
     )
     @given(plan_calls() if operator == "flex_plan" else calls(operator))
     def run(call):
-        Path(log).write_text(repr(call))
+        log.write_text(repr(call))
         outcomes[(attempt_plan if operator == "flex_plan" else attempt)(call)] += 1
 
     run()
-    print(f"answered {outcomes['answered']} refused {outcomes['refused']}")
+    return list(outcomes.values())
 
 
 if __name__ == "__main__":

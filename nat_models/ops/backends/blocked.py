@@ -213,7 +213,7 @@ def na2d(
     if plan.whole:
         q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=masks[0], dropout_p=dropout_p, scale=scale)
-        return out.transpose(1, 2).reshape(query.shape)
+        return out.transpose(1, 2).reshape(query.shape).contiguous()  # reshape may give a view, as query's strides are
     rows, cols = plan.rows, plan.cols
     outputs = []
     for chunk in _chunks(len(query), rows.keys.numel() * cols.keys.numel() * query[0, 0, 0].numel(), query.device):
@@ -231,7 +231,7 @@ def na2d(
             )
             tiles.append(_split(out, len(q), queries, cols.queries))
         outputs.append(_untile(tiles, plan))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).contiguous()
 
 
 def _untile(tiles: list[Tensor], plan: _Plan) -> Tensor:
