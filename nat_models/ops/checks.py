@@ -63,12 +63,14 @@ def _shape(name: str, x: Tensor) -> Sequence[int]:
 
 
 def _check_match(name: str, x: Tensor, other_name: str, other: Tensor, shape: Sequence[int]) -> None:
-    if _shape(name, x) != shape or x.dtype != other.dtype or x.device != other.device:
+    # One condition, which is all that a good call costs; it passes through here at each step of a training.
+    if x is None or x.shape != shape or x.dtype != other.dtype or x.device != other.device or x.layout != torch.strided:
+        actual = tuple(_shape(name, x))
+        _check_layout(name, x)
         raise ValueError(
-            f"{name} must match {other_name} in shape, dtype and device, got {name} {tuple(x.shape)} {x.dtype} "
+            f"{name} must match {other_name} in shape, dtype and device, got {name} {actual} {x.dtype} "
             f"on {x.device} and {other_name} {tuple(shape)} {other.dtype} on {other.device}."
         )
-    _check_layout(name, x)
 
 
 def _check_layout(name: str, x: Tensor) -> None:

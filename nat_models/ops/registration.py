@@ -9,6 +9,7 @@ The kernels are the backends `native` and `blocked`; `selection` says which.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -67,8 +68,10 @@ def _forward(query, key, value, rpb, kernel_size, dilation, scale):
 
 def _backward(grads, grad_output, query, key, value, rpb, kernel_size, dilation, scale):
     kernel = _kernel(query, scale, "backward")
-    with torch.no_grad(), autocast_off(query):  # a direct call may come with gradients on
-        rpb_grad = kernel.na2d_backward(grad_output, query, key, value, rpb, kernel_size, dilation, scale, grads)
+    args = (grad_output, query, key, value, rpb, kernel_size, dilation, scale, grads)
+    # Only a direct call comes with gradients on.
+    with torch.no_grad() if torch.is_grad_enabled() else nullcontext(), autocast_off(query):
+        rpb_grad = kernel.na2d_backward(*args)
     return _rpb_gradient(None, query) if rpb is None else rpb_grad
 
 
