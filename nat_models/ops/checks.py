@@ -23,20 +23,20 @@ def check_apart(
     rpb: Tensor | None,
     kernel_size: int | Sequence[int],
     dilation: int | Sequence[int],
-    grad_output: Tensor | None = None,
+    *grad_output: Tensor,
 ) -> Window:
     """Checks a call with query, key and value apart; returns kernel_size and dilation as pairs.
 
     Raises:
         ValueError: What na2d refuses; the message has the rule and the values.
     """
-    shape = query.shape
+    shape = _shape("query", query)
     if len(shape) != 5:
         raise ValueError(f"query must be [B, H, W, num_heads, head_dim], got shape {tuple(shape)}.")
     _check_match("key", key, "query", query, shape)
     _check_match("value", value, "query", query, shape)
-    if grad_output is not None:
-        _check_match("grad_output", grad_output, "query", query, shape)
+    for x in grad_output:
+        _check_match("grad_output", x, "query", query, shape)
     return _check_rest("query", query, shape, rpb, kernel_size, dilation)
 
 
@@ -45,24 +45,32 @@ def check_packed(
     rpb: Tensor | None,
     kernel_size: int | Sequence[int],
     dilation: int | Sequence[int],
-    grad_output: Tensor | None = None,
+    *grad_output: Tensor,
 ) -> Window:
     """The same for a call with a packed qkv."""
-    shape = qkv.shape
+    shape = _shape("qkv", qkv)
     if len(shape) != 6 or shape[3] != 3:
         raise ValueError(f"qkv must be [B, H, W, 3, num_heads, head_dim], got shape {tuple(shape)}.")
-    if grad_output is not None:
-        _check_match("grad_output", grad_output, "each view of qkv", qkv, shape[:3] + shape[4:])
+    for x in grad_output:
+        _check_match("grad_output", x, "each view of qkv", qkv, shape[:3] + shape[4:])
     return _check_rest("qkv", qkv, shape, rpb, kernel_size, dilation)
 
 
+def _shape(name: str, x: Tensor) -> Sequence[int]:
+    if x is None:  # PyTorch hands on None where an operator takes a tensor
+        raise ValueError(f"{name} must be a tensor, got None.")
+    return x.shape
+
+
 def _check_match(name: str, x: Tensor, other_name: str, other: Tensor, shape: Sequence[int]) -> None:
-    if x.shape != shape or x.dtype != other.dtype or x.device != other.device:
+    # One condition, which is all that a good call costs; it passes through here at each step of a training.
+    if x is None or x.shape != shape or x.dtype != other.dtype or x.device != other.device or x.layout != torch.strided:
+        actual = tuple(_shape(name, x))
+        _check_layout(name, x)
         raise ValueError(
-            f"{name} must match {other_name} in shape, dtype and device, got {name} {tuple(x.shape)} {x.dtype} "
+            f"{name} must match {other_name} in shape, dtype and device, got {name} {actual} {x.dtype} "
             f"on {x.device} and {other_name} {tuple(shape)} {other.dtype} on {other.device}."
         )
-    _check_layout(name, x)
 
 
 def _check_layout(name: str, x: Tensor) -> None:

@@ -11,6 +11,7 @@ of `exportable`, which PyTorch differentiates and batches to any order.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -41,9 +42,16 @@ for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"nat_models::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
 
 
+# No address space holds more. An expanded tensor can claim it, and a plan for it would fill the memory first.
+_MAX_ELEMENTS = 1 << 48
+
+
 def _kernel(query: Tensor, scale: float, stage: str):
     """The backend that runs inside the operator."""
-    request = Request(query.device, query.dtype, query.shape[-1], scale, empty=query.numel() == 0, stage=stage)
+    elements = query.numel()
+    if elements > _MAX_ELEMENTS:
+        raise ValueError(f"The result would have {tuple(query.shape)} elements, more than any memory holds.")
+    request = Request(query.device, query.dtype, query.shape[-1], scale, empty=elements == 0, stage=stage)
     return BACKENDS[select(request)]
 
 
@@ -63,8 +71,10 @@ def _forward(query, key, value, rpb, kernel_size, dilation, scale):
 
 def _backward(grads, grad_output, query, key, value, rpb, kernel_size, dilation, scale):
     kernel = _kernel(query, scale, "backward")
-    with autocast_off(query):
-        rpb_grad = kernel.na2d_backward(grad_output, query, key, value, rpb, kernel_size, dilation, scale, grads)
+    args = (grad_output, query, key, value, rpb, kernel_size, dilation, scale, grads)
+    # Only a direct call comes with gradients on.
+    with torch.no_grad() if torch.is_grad_enabled() else nullcontext(), autocast_off(query):
+        rpb_grad = kernel.na2d_backward(*args)
     return _rpb_gradient(None, query) if rpb is None else rpb_grad
 
 
@@ -82,15 +92,19 @@ def _na2d_backward(grad_output, query, key, value, rpb, kernel_size, dilation, s
     return *grads, _backward(grads, grad_output, query, key, value, rpb, *window, scale)
 
 
-@torch.library.impl("nat_models::na2d_qkvpacked", "CompositeExplicitAutograd")
-def _na2d_qkvpacked(qkv, rpb, kernel_size, dilation, scale):
+def _forward_packed(qkv, rpb, kernel_size, dilation, scale):
     window = check_packed(qkv, rpb, kernel_size, dilation)
     return _forward(*qkv.unbind(3), rpb, *window, scale)
 
 
+@torch.library.impl("nat_models::na2d_qkvpacked", "CompositeExplicitAutograd")
+def _na2d_qkvpacked(*args):
+    return _forward_packed(*args)
+
+
 @torch.library.impl("nat_models::na2d_qkvpacked_inference", "CompositeExplicitAutograd")
 def _na2d_qkvpacked_inference(qkv, rpb, kernel_height, kernel_width, dilation_height, dilation_width, scale):
-    return _na2d_qkvpacked(qkv, rpb, (kernel_height, kernel_width), (dilation_height, dilation_width), scale)
+    return _forward_packed(qkv, rpb, (kernel_height, kernel_width), (dilation_height, dilation_width), scale)
 
 
 @torch.library.impl("nat_models::na2d_qkvpacked_backward", "CompositeExplicitAutograd")
@@ -104,7 +118,8 @@ def _na2d_qkvpacked_backward(grad_output, qkv, rpb, kernel_size, dilation, scale
 # passes it by, for it costs a call through Python.
 @torch.library.impl("nat_models::na2d_qkvpacked_inference", "Autograd")
 def _na2d_qkvpacked_inference_has_no_derivative(qkv, rpb, *window):
-    if (torch.is_grad_enabled() and (qkv.requires_grad or rpb.requires_grad)) or _has_tangent(qkv, rpb):
+    tensors = [x for x in (qkv, rpb) if x is not None]  # the kernel says what it takes
+    if (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)) or _has_tangent(*tensors):
         raise RuntimeError(
             "na2d_qkvpacked_inference has no derivative: call nat_models.ops.na2d_qkvpacked, which has, or call under"
             " torch.no_grad() and without forward-mode tangents."

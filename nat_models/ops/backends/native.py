@@ -192,10 +192,10 @@ def na2d(
 ) -> Tensor:
     """Neighborhood attention of checked CPU tensors [B, H, W, num_heads, head_dim]; see `nat_models.na2d`."""
     library = _load()
-    query, key, value = _dense_last(query), _dense_last(key), _dense_last(value)
-    bias = as_rpb(rpb, query.dtype)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)  # not the default device
     if out.numel():
+        query, key, value = _dense_last(query), _dense_last(key), _dense_last(value)
+        bias = as_rpb(rpb, query.dtype)
         _check(library.nat_na2d_forward(_call(out, None, query, key, value, bias, kernel_size, dilation, scale)))
     return out
 
