@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, LayerScale, Mlp, calculate_drop_path_rates, trunc_normal_
 from timm.models import (
@@ -28,6 +29,13 @@ from .features import feature_arguments
 __all__ = ["NAT"]
 
 
+def _exporting() -> bool:
+    """Whether torch.export traces this call, in a form that TorchScript can read."""
+    if not torch.jit.is_scripting():
+        return is_exporting()
+    return False
+
+
 class ConvTokenizer(nn.Module):
     """Two stride-2 convolutions without an activation between: [B, in_chans, H, W] -> [B, ceil(H/4), ceil(W/4), C]."""
 
@@ -41,9 +49,11 @@ class ConvTokenizer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = (
-            x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-        )  # convolutions then hand out what the norm reads: no copies
+        # Channels last, so that the convolutions hand out what the norm reads, without a copy.
+        if _exporting():  # torch.export would guard on B == 1 for the views below
+            x = x.contiguous(memory_format=torch.channels_last)
+        else:  # torch.vmap knows no memory formats
+            x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         return self.norm(self.proj(x).permute(0, 2, 3, 1))  # [B, H, W, C]
 
 
@@ -58,12 +68,18 @@ class ConvDownsampler(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 3, 1, 2)
-        exporting = False
-        if not torch.jit.is_scripting():
-            exporting = is_exporting()
-        if exporting:  # torch.export guards on B == 1 for a channels-last map; a contiguous clone avoids that
+        if _exporting():  # torch.export guards on B == 1 for a channels-last map; a contiguous clone avoids that
             x = x.clone(memory_format=torch.contiguous_format)
         return self.norm(self.reduction(x).permute(0, 2, 3, 1))
+
+
+class MapNorm(nn.LayerNorm):
+    """A LayerNorm that takes and returns [B, H, W, C], for hooks, and computes on [B, H * W, C], for Inductor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = x.shape
+        x = F.layer_norm(x.flatten(1, 2), self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.view(shape)
 
 
 class NATBlock(nn.Module):
@@ -85,7 +101,7 @@ class NATBlock(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.norm1 = MapNorm(dim, **dd)
         self.attn = NeighborhoodAttention2d(
             dim,
             num_heads,
@@ -97,18 +113,18 @@ class NATBlock(nn.Module):
         )
         self.ls1 = nn.Identity() if init_values is None else LayerScale(dim, init_values, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, **dd)
+        self.norm2 = MapNorm(dim, **dd)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
         self.ls2 = nn.Identity() if init_values is None else LayerScale(dim, init_values, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         shape = x.shape
-        # [B, H * W, C]: with convolutions around, Inductor takes a 4-D tensor for NCHW and stores the residual sums
-        # channels-first; 3-D avoids that.
+        # The residual sums are [B, H * W, C]: with convolutions around, Inductor takes a 4-D sum for NCHW and stores it
+        # channels-first. What a module takes and returns is a map all the same, for hooks.
         x = x.flatten(1, 2)
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x).view(shape)).flatten(1, 2)))
-        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x.view(shape))))).flatten(1, 2)
+        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x.view(shape))))).flatten(1, 2)
         return x.view(shape)
 
 
