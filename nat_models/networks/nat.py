@@ -7,12 +7,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath, LayerScale, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.layers import ClassifierHead, calculate_drop_path_rates, trunc_normal_
 from timm.models import (
     build_model_with_cfg,
-    checkpoint_seq,
     generate_default_cfgs,
     register_model,
     resolve_pretrained_cfg,
@@ -22,95 +20,10 @@ from torch import Tensor
 
 from ..checkpoints import load_weights
 from ..complexity import tell_counters
-from ..layers import NeighborhoodAttention2d
-from .convolutions import ConvDownsampler, ConvTokenizer
+from .blocks import ConvTokenizer, NATLevel
 from .features import feature_arguments
 
 __all__ = ["NAT"]
-
-
-class MapNorm(nn.LayerNorm):
-    """A LayerNorm that takes and returns [B, H, W, C], for hooks, and computes on [B, H * W, C], for Inductor."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        shape = x.shape
-        x = F.layer_norm(x.flatten(1, 2), self.normalized_shape, self.weight, self.bias, self.eps)
-        return x.view(shape)
-
-
-class NATBlock(nn.Module):
-    """Pre-norm attention and MLP, each with optional layer scale and stochastic depth, on [B, H, W, C]."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        kernel_size: int | Sequence[int] = 7,
-        mlp_ratio: float = 3.0,
-        qkv_bias: bool = True,
-        init_values: float | None = None,
-        proj_drop: float = 0.0,
-        attn_drop: float = 0.0,
-        drop_path: float = 0.0,
-        device=None,
-        dtype=None,
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.norm1 = MapNorm(dim, **dd)
-        self.attn = NeighborhoodAttention2d(
-            dim,
-            num_heads,
-            kernel_size=kernel_size,
-            qkv_bias=qkv_bias,
-            attn_drop=attn_drop,
-            proj_drop=proj_drop,
-            **dd,
-        )
-        self.ls1 = nn.Identity() if init_values is None else LayerScale(dim, init_values, **dd)
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-        self.norm2 = MapNorm(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
-        self.ls2 = nn.Identity() if init_values is None else LayerScale(dim, init_values, **dd)
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        shape = x.shape
-        # The residual sums are [B, H * W, C]: with convolutions around, Inductor takes a 4-D sum for NCHW and stores it
-        # channels-first. What a module takes and returns is a map all the same, for hooks.
-        x = x.flatten(1, 2)
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x.view(shape))))).flatten(1, 2)
-        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x.view(shape))))).flatten(1, 2)
-        return x.view(shape)
-
-
-class NATLevel(nn.Module):
-    """Blocks at one resolution, preceded by their downsampling: the level's output is its feature map."""
-
-    def __init__(
-        self,
-        dim: int,
-        depth: int,
-        num_heads: int,
-        drop_path: Sequence[float],
-        downsample: bool,
-        device=None,
-        dtype=None,
-        **block_kwargs,
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.grad_checkpointing = False
-        self.downsample = ConvDownsampler(dim // 2, **dd) if downsample else nn.Identity()
-        self.blocks = nn.Sequential(
-            *[NATBlock(dim, num_heads, drop_path=drop_path[i], **block_kwargs, **dd) for i in range(depth)]
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
 
 
 class NAT(nn.Module):
