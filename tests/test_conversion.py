@@ -1,4 +1,4 @@
-"""What programs that trace a network make of it: the TorchScript exporter to ONNX, OpenVINO, a trace for another process."""
+"""What a network becomes in tracers: the TorchScript exporter to ONNX, OpenVINO, a trace for another process."""
 
 import subprocess
 import sys
