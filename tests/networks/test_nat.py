@@ -200,7 +200,7 @@ def test_a_new_classifier_sets_pooling_and_width():
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 5)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["nat_mini", "nat_small"])  # without and with layer scale
 def test_fx_graph_runs_forward_and_backward(name):
     # head.drop is followed by Identity: the graph's output is the logits' input, as in timm's own tests.
     model = create_model(name, num_classes=5, drop_path_rate=0.0)
@@ -212,7 +212,7 @@ def test_fx_graph_runs_forward_and_backward(name):
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["nat_mini", "nat_small"])  # without and with layer scale
 def test_grad_checkpointing_computes_blocks_again_and_changes_no_gradient(name):
     model = create_model(name, num_classes=5, drop_path_rate=0.0).train()
     ran = []
