@@ -11,7 +11,7 @@ PYTHON_NEWEST ?= $(PYTHON)
 PROGRAMS := training commands scripts test_cli.py test_export.py test_docs.py
 CORE_TESTS := -m "not slow" $(PROGRAMS:%=--ignore=tests/%)
 
-.PHONY: demo test test-slow test-sanitize test-oldest test-newest mutate lint bench clean
+.PHONY: demo test test-slow test-timm test-sanitize test-oldest test-newest mutate lint bench clean
 
 # One stamp per set of extras, redone when pyproject.toml or the kernel changes.
 $(VENV)/.installed-%: pyproject.toml $(wildcard nat_models/ops/csrc/*)
@@ -29,9 +29,13 @@ test: $(VENV)/.installed-test
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow
 
-# The kernel built with ASan and UBSan, over its whole grid.
+# timm's own tests of its models, on ours. Needs the registry.
+test-timm: $(VENV)/.installed-test
+	$(BIN)/python scripts/timm_tests.py
+
+# The kernel built with ASan and UBSan, over its whole grid and under random direct calls.
 test-sanitize: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m slow tests/ops/test_native.py -k sanitizers
+	$(BIN)/python -m pytest -m slow tests/ops/test_native.py tests/ops/test_direct_calls.py -k sanitizers
 
 # The bounds that pyproject.toml declares: exactly the lowest versions, then the newest that there are today.
 .venv-oldest/.installed: pyproject.toml scripts/bounds.py $(wildcard nat_models/ops/csrc/*)

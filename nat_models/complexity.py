@@ -1,11 +1,18 @@
-"""The operator's cost for fvcore: FlopCountAnalysis(model, image).set_op_handle(**fvcore_handles).
+"""The operator's cost for counters that know PyTorch's operations alone: fvcore's and deepspeed's.
 
-PyTorch's own FlopCounterMode needs nothing: it knows the formulas registered with the operator.
+A network tells those that are imported when it is made; timm's benchmark.py does both in this order. Of the operator
+outside a network fvcore learns by FlopCountAnalysis(model, image).set_op_handle(**fvcore_handles). PyTorch's own
+FlopCounterMode needs nothing: it knows the formulas registered with the operator.
 """
 
+import sys
+
+from torch import Tensor
+
+from .layers import NeighborhoodAttention2d
 from .ops.registration import heads_shape, pair_flops
 
-__all__ = ["fvcore_handles"]
+__all__ = ["fvcore_handles", "tell_counters"]
 
 
 def _fvcore_handle(shape_of):
@@ -18,3 +25,20 @@ def _fvcore_handle(shape_of):
 
 
 fvcore_handles = {"nat_models::na2d": _fvcore_handle(list), "nat_models::na2d_qkvpacked": _fvcore_handle(heads_shape)}
+
+
+def _deepspeed_hook(layer: NeighborhoodAttention2d, inputs: tuple[Tensor], output: Tensor) -> None:
+    """A forward hook that adds the operator's cost; deepspeed counts the layer's projections, modules of their own."""
+    batch, *size, _ = output.shape
+    padded = [max(n, k * d) for n, k, d in zip(size, layer.kernel_size, layer.dilation, strict=True)]
+    flops = 2 * pair_flops([batch, *padded, layer.num_heads, layer.head_dim], layer.kernel_size)  # QK^T and PV
+    layer.__flops__ += flops
+    layer.__macs__ += flops // 2
+
+
+def tell_counters() -> None:
+    """Adds the operator to the tables of the counters that are imported; imports none."""
+    if (fvcore := sys.modules.get("fvcore.nn.flop_count")) is not None:
+        fvcore._DEFAULT_SUPPORTED_OPS.update(fvcore_handles)
+    if (deepspeed := sys.modules.get("deepspeed.profiling.flops_profiler.profiler")) is not None:
+        deepspeed.MODULE_HOOK_MAPPING[NeighborhoodAttention2d] = _deepspeed_hook

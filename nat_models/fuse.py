@@ -8,7 +8,7 @@ import torch.nn as nn
 from timm.layers import LayerScale
 from torch import Tensor
 
-from .networks.nat import NATBlock
+from .networks.blocks import NATBlock
 
 _Model = TypeVar("_Model", bound=nn.Module)
 

@@ -124,8 +124,10 @@ def attend(
     fits = _fits(x, kernel_size, dilation)
     if not fits:
         qkv = _pad(qkv, x, kernel_size, dilation)
+    # Not unflatten: of its result the TorchScript exporter to ONNX takes the sizes for constants.
+    qkv = qkv.view(*qkv.shape[:3], 3, num_heads, qkv.shape[3] // (3 * num_heads))
     output = na2d_qkvpacked(
-        qkv.unflatten(-1, (3, num_heads, -1)),
+        qkv,
         kernel_size=kernel_size,
         dilation=dilation,
         rpb=rpb,

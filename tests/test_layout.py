@@ -14,15 +14,17 @@ ROOMS = [
     ["errors"],
     ["resources"],
     ["ops.window", "ops.request", "ops.tracing"],
+    ["ops.checks"],
     ["ops.backends"],
     ["ops.selection"],
     ["ops.registration"],
     ["ops.functional"],
     ["ops"],
     ["layers"],
+    ["complexity"],
     ["checkpoints"],
     ["networks"],
-    ["fuse", "complexity", "export", "integrations"],
+    ["fuse", "export", "integrations"],
     [""],  # nat_models/__init__.py, which re-exports
     ["training"],  # settings, images, splits, run_state, report, task, models
     ["training.engine", "training.tasks", "training.embeddings"],

@@ -1,14 +1,17 @@
-"""Whether torch.export traces a call: torch.compiler.is_exporting as it is from PyTorch 2.12 on, for every version."""
+"""Who looks on while a call runs: exporters, a transform of torch.func, forward-mode differentiation."""
+
+import sys
 
 import torch
+from torch.autograd import forward_ad
 
 _NEW = torch.__version__ >= "2.12"  # a TorchVersion, which compares by number
 
 
 def is_exporting() -> bool:
-    """Whether torch.export, not torch.compile, traces this call.
+    """Whether torch.export, not torch.compile, traces this call: torch.compiler.is_exporting as it is from 2.12 on.
 
-    Before 2.12 torch.compiler.is_exporting is true under torch.compile too (pytorch/pytorch#176499); 2.6 has none.
+    Before it torch.compiler.is_exporting is true under torch.compile too (pytorch/pytorch#176499); 2.6 has none.
     """
     if not _NEW and torch.compiler.is_dynamo_compiling():
         return _dynamo_exports()
@@ -22,3 +25,26 @@ def _dynamo_exports() -> bool:
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     return InstructionTranslator.current_tx().export
+
+
+@torch.compiler.assume_constant_result  # Dynamo enters the transforms that it traces, and guards on those around it
+def is_transformed() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp) or a forward-mode dual level surrounds this call."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_converting() -> bool:
+    """Whether torch.jit.trace runs for a converter that knows PyTorch's operators alone: torch.onnx's or OpenVINO's."""
+    return torch.jit.is_tracing() and (torch.onnx.is_in_onnx_export() or _openvino_traces())
+
+
+def _openvino_traces() -> bool:
+    """Whether OpenVINO's decoder is among the callers; it leaves no other sign, and is asked during traces only."""
+    if "openvino" not in sys.modules:
+        return False
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("openvino.frontend.pytorch."):
+            return True
+        frame = frame.f_back
+    return False

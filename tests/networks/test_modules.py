@@ -6,7 +6,7 @@ import torch
 from torch.func import functional_call, grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nat_models.networks.nat import ConvDownsampler, ConvTokenizer, NATBlock
+from nat_models.networks.blocks import ConvDownsampler, ConvTokenizer, NATBlock
 
 
 @pytest.mark.parametrize("name", ["", "norm1", "attn", "ls1", "norm2", "mlp", "ls2"])
