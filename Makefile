@@ -33,9 +33,9 @@ test-slow: $(VENV)/.installed-test
 test-timm: $(VENV)/.installed-test
 	$(BIN)/python scripts/timm_tests.py
 
-# The kernel built with ASan and UBSan, over its whole grid.
+# The kernel built with ASan and UBSan, over its whole grid and under random direct calls.
 test-sanitize: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m slow tests/ops/test_native.py -k sanitizers
+	$(BIN)/python -m pytest -m slow tests/ops/test_native.py tests/ops/test_direct_calls.py -k sanitizers
 
 # The bounds that pyproject.toml declares: exactly the lowest versions, then the newest that there are today.
 .venv-oldest/.installed: pyproject.toml scripts/bounds.py $(wildcard nat_models/ops/csrc/*)

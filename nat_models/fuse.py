@@ -8,7 +8,7 @@ import torch.nn as nn
 from timm.layers import LayerScale
 from torch import Tensor
 
-from .networks.nat import NATBlock
+from .networks.blocks import NATBlock
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -24,15 +24,21 @@ class PointwiseBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = block.norm1, block.norm2
         self.attn = block.attn
-        self.attn.qkv, self.attn.proj = _pointwise(block.attn.qkv), _pointwise(block.attn.proj)
+        self.attn.qkv, self.attn.proj = _NHWC(_pointwise(block.attn.qkv)), _NHWC(_pointwise(block.attn.proj))
         self.fc1, self.act, self.fc2 = _pointwise(block.mlp.fc1), block.mlp.act, _pointwise(block.mlp.fc2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = _to_nchw(x)  # one NCHW view throughout: with a second one Inductor would not add in place
-        qkv = self.attn.qkv(_to_nchw(self.norm1(_to_nhwc(x))))
-        x = x + self.attn.proj(_to_nchw(self.attn.attend(_to_nhwc(qkv))))
+        x = x + _to_nchw(self.attn(self.norm1(_to_nhwc(x))))
         hidden = self.act(self.fc1(_to_nchw(self.norm2(_to_nhwc(x)))))
         return _to_nhwc(x + self.fc2(hidden))
+
+
+class _NHWC(nn.Sequential):
+    """A convolution that takes and returns [B, H, W, C], as the attention layer asks of its projections."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _to_nhwc(super().forward(_to_nchw(x)))
 
 
 def _to_nchw(x: Tensor) -> Tensor:

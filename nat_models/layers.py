@@ -6,20 +6,19 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
-from timm.models import register_notrace_module
 from torch import Tensor
 
 from .ops import na2d_qkvpacked
 from .ops.window import window_pair
 
 
-@register_notrace_module  # reads H and W to pad, which a symbolic trace cannot follow
 class NeighborhoodAttention2d(nn.Module):
     """Multi-head 2-D neighborhood attention with its projections, on NHWC maps.
 
     A map smaller than kernel_size * dilation is padded at the bottom and right with zero tokens *before* the qkv
-    projection, attended and cropped. Padded tokens take part in the softmax: their key and value are the projection's
-    bias. The published weights were trained and evaluated so.
+    projection, attended and cropped. Padded tokens take part in the softmax; the published weights were trained and
+    evaluated so. Their key and value are what `qkv` makes of a zero token, whatever module it is. It is called once, on
+    [B, H * W + 1, 1, C] then: the map's tokens and a zero token.
 
     Args:
         dim: Channels C of input and output.
@@ -61,8 +60,8 @@ class NeighborhoodAttention2d(nn.Module):
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.kernel_size, self.dilation = window_pair(kernel_size, dilation)
-        self.scale = self.head_dim**-0.5 if scale is None else scale
-        self.attn_drop = attn_drop
+        self.scale = float(self.head_dim**-0.5 if scale is None else scale)
+        self.attn_drop = float(attn_drop)
 
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         if rel_pos_bias:
@@ -79,37 +78,87 @@ class NeighborhoodAttention2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
-        x = self.attend(self.qkv(x))
-        return self.proj_drop(self.proj(x))
-
-    # TorchScript calls back into Python here, so a scripted model runs and trains but cannot be saved.
-    @torch.jit.ignore
-    def attend(self, qkv: Tensor) -> Tensor:
-        """The attention between the projections: [B, H, W, 3 * C] -> [B, H, W, C]."""
-        batch, height, width, _ = qkv.shape
-        rows, cols = (k * d for k, d in zip(self.kernel_size, self.dilation, strict=True))
-        # Comparing a symbolic size would bake the answer into the exported graph; always pad then.
-        fits = isinstance(height, int) and isinstance(width, int) and height >= rows and width >= cols
-        if fits:
-            qkv = qkv.view(batch, height, width, 3, self.num_heads, self.head_dim)
-        else:
-            qkv = _pad(qkv, self.qkv.bias, _at_least(rows, height), _at_least(cols, width))
-            # Not unflatten: of its result the TorchScript exporter to ONNX takes the sizes for constants.
-            qkv = qkv.view(*qkv.shape[:3], 3, self.num_heads, self.head_dim)
-        x = na2d_qkvpacked(
-            qkv,
-            kernel_size=self.kernel_size,
-            dilation=self.dilation,
-            rpb=self.rpb,
-            scale=self.scale,
-            dropout_p=self.attn_drop if self.training else 0.0,
+        x = attend(
+            self.qkv(with_zero_token(x, self.kernel_size, self.dilation)),
+            x,
+            self.rpb,
+            self.num_heads,
+            self.kernel_size,
+            self.dilation,
+            self.scale,
+            self.attn_drop if self.training else 0.0,
         )
-        if not fits:
-            x = x[:, :height, :width].clone(memory_format=torch.contiguous_format)
-        return x.flatten(3)
+        return self.proj_drop(self.proj(x))
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}, kernel_size={self.kernel_size}, dilation={self.dilation}"
+
+
+# The two functions below ask about sizes, which neither torch.fx nor TorchScript can follow. A symbolic trace records a
+# call of each; TorchScript calls back into Python, so a scripted model runs and trains but cannot be saved.
+
+
+@torch.fx.wrap
+@torch.jit.ignore
+def with_zero_token(x: Tensor, kernel_size: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
+    """[B, H, W, C] as it is where the window fits, else its tokens and a zero token: [B, H * W + 1, 1, C]."""
+    return x if _fits(x, kernel_size, dilation) else F.pad(x.flatten(1, 2), (0, 0, 0, 1)).unsqueeze(2)
+
+
+@torch.fx.wrap
+@torch.jit.ignore
+def attend(
+    qkv: Tensor,
+    x: Tensor,
+    rpb: Tensor | None,
+    num_heads: int,
+    kernel_size: tuple[int, int],
+    dilation: tuple[int, int],
+    scale: float,
+    dropout_p: float,
+) -> Tensor:
+    """The attention between the projections: `qkv` is what the first made of `with_zero_token(x, ...)`.
+
+    Returns [B, H, W, C], x's height and width.
+    """
+    fits = _fits(x, kernel_size, dilation)
+    if not fits:
+        qkv = _pad(qkv, x, kernel_size, dilation)
+    # Not unflatten: of its result the TorchScript exporter to ONNX takes the sizes for constants.
+    qkv = qkv.view(*qkv.shape[:3], 3, num_heads, qkv.shape[3] // (3 * num_heads))
+    output = na2d_qkvpacked(
+        qkv,
+        kernel_size=kernel_size,
+        dilation=dilation,
+        rpb=rpb,
+        scale=scale,
+        dropout_p=dropout_p,
+    )
+    if not fits:
+        output = output[:, : x.shape[1], : x.shape[2]].clone(memory_format=torch.contiguous_format)
+    return output.flatten(3)
+
+
+def _fits(x: Tensor, kernel_size: tuple[int, int], dilation: tuple[int, int]) -> bool:
+    """Whether the window fits in x; no where sizes are symbols, for comparing one bakes the answer into the graph."""
+    _, height, width, _ = x.shape
+    if not (isinstance(height, int) and isinstance(width, int)):
+        return False
+    return height >= kernel_size[0] * dilation[0] and width >= kernel_size[1] * dilation[1]
+
+
+def _pad(qkv: Tensor, x: Tensor, kernel_size: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
+    """[B, H * W + 1, 1, 3 * C] -> [B, H or more, W or more, 3 * C], grown with what stands last in qkv."""
+    _, height, width, _ = x.shape
+    padded_height, padded_width = (
+        _at_least(k * d, n) for k, d, n in zip(kernel_size, dilation, (height, width), strict=True)
+    )
+    tokens, zero_token = qkv[:, :-1, 0], qkv[:, -1:]
+    tokens = tokens.unflatten(1, (height, width))
+    tokens = F.pad(tokens, (0, 0, 0, padded_width - width, 0, padded_height - height))
+    row, col = (torch.arange(n, device=qkv.device) for n in (padded_height, padded_width))
+    real = (row < height)[:, None, None] & (col < width)[:, None]  # [H, W, 1]
+    return torch.where(real, tokens, zero_token)
 
 
 def _at_least(minimum: int, length: int | torch.SymInt | Tensor) -> int | torch.SymInt | Tensor:
@@ -118,14 +167,3 @@ def _at_least(minimum: int, length: int | torch.SymInt | Tensor) -> int | torch.
         return length.clamp(min=minimum)
     # Dynamo knows max of what it takes for an int; sym_max of two ints PyTorch 2.6 does not trace.
     return max(minimum, length) if isinstance(length, int) else torch.sym_max(minimum, length)
-
-
-def _pad(qkv: Tensor, bias: Tensor | None, padded_height: int, padded_width: int) -> Tensor:
-    """Grows a small map [B, H, W, 3 * C] with what the projection makes of a zero token, its bias."""
-    _, height, width, _ = qkv.shape
-    qkv = F.pad(qkv, (0, 0, 0, padded_width - width, 0, padded_height - height))
-    if bias is None:
-        return qkv
-    row, col = (torch.arange(n, device=qkv.device) for n in (padded_height, padded_width))
-    real = (row < height)[:, None, None] & (col < width)[:, None]  # [H, W, 1]
-    return torch.where(real, qkv, bias.to(qkv.dtype))

@@ -10,7 +10,7 @@ import nat_models
 from nat_models import NeighborhoodAttention2d
 from nat_models.checkpoints import fit_state_dict
 from nat_models.fuse import PointwiseBlock
-from nat_models.networks.nat import NATBlock
+from nat_models.networks.blocks import NATBlock
 from tests.conftest import original_state_dict
 
 

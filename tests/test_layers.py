@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune as prune
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nat_models import NeighborhoodAttention2d, layers, na2d
@@ -11,12 +12,12 @@ from tests.conftest import needs_torch
 
 
 def _pad_then_project(layer: NeighborhoodAttention2d, x: torch.Tensor) -> torch.Tensor:
-    """The published rule, to the letter: pad the input with zeros, project, attend, project, crop."""
+    """The published rule, to the letter: pad the input with zeros, project, attend, crop, project."""
     _, height, width, _ = x.shape
     rows, cols = (max(0, k * d - n) for k, d, n in zip(layer.kernel_size, layer.dilation, (height, width), strict=True))
     qkv = layer.qkv(F.pad(x, (0, 0, 0, cols, 0, rows))).unflatten(-1, (3, layer.num_heads, -1))
     out = na2d(*qkv.unbind(3), kernel_size=layer.kernel_size, dilation=layer.dilation, rpb=layer.rpb, scale=layer.scale)
-    return layer.proj(out.flatten(3))[:, :height, :width]
+    return layer.proj(out[:, :height, :width].flatten(3))
 
 
 @pytest.mark.parametrize("qkv_bias", [True, False])
@@ -42,6 +43,58 @@ def test_dilated_small_maps_are_padded_too():
     layer = NeighborhoodAttention2d(8, 1, kernel_size=3, dilation=(2, 4))
     x = torch.randn(1, 5, 9, 8)
     torch.testing.assert_close(layer(x), _pad_then_project(layer, x))
+
+
+def _hooked(layer: NeighborhoodAttention2d) -> None:
+    # Of each image something else, as an adapter that looks at the image makes.
+    layer.qkv.register_forward_hook(lambda module, inputs, out: 2 * out + torch.arange(len(out)).view(-1, 1, 1, 1))
+
+
+def _pruned(layer: NeighborhoodAttention2d) -> None:
+    for name in ("weight", "bias"):
+        prune.random_unstructured(layer.qkv, name, amount=0.5)
+
+
+def _quantised(layer: NeighborhoodAttention2d) -> None:
+    if torch.backends.quantized.engine == "none":
+        pytest.skip("PyTorch was built without a library for int8")
+    torch.ao.quantization.quantize_dynamic(layer, {torch.nn.Linear}, inplace=True)
+
+
+class _Adapted(torch.nn.Module):
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.linear, self.more = linear, torch.nn.Linear(linear.in_features, linear.out_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) + self.more(x)
+
+
+def _adapted(layer: NeighborhoodAttention2d) -> None:
+    layer.qkv = _Adapted(layer.qkv)
+
+
+@pytest.mark.parametrize("size", [(3, 9), (1, 1)])
+@pytest.mark.parametrize("change", [_hooked, _pruned, _quantised, _adapted])
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+def test_a_padded_token_is_what_the_module_at_qkv_makes_of_a_zero_token(change, size):
+    layer, calls = NeighborhoodAttention2d(16, 2), []
+    torch.nn.init.normal_(layer.qkv.bias)
+    change(layer)
+    x = torch.randn(2, *size, 16)
+    expected = _pad_then_project(layer, x)
+    layer.qkv.register_forward_hook(lambda *args: calls.append(args))
+    torch.testing.assert_close(layer(x), expected)
+    assert len(calls) == 1  # a hook that counts or collects sees one
+
+
+def test_a_trace_asks_the_module_at_qkv_for_the_padded_token_too():
+    layer = NeighborhoodAttention2d(16, 2)
+    _hooked(layer)
+    trace = torch.jit.trace(layer, torch.randn(2, 9, 8, 16), check_trace=False)
+    for size in ((3, 9), (1, 1), (20, 7)):
+        x = torch.randn(2, *size, 16)
+        torch.testing.assert_close(trace(x), _pad_then_project(layer, x))
 
 
 def test_attention_dropout_drops_in_training_alone():

@@ -8,6 +8,7 @@
 A key is read as its path, split at the dots. Keys that no layout knows are kept as they are, for the loader to report.
 """
 
+import re
 from collections.abc import Callable, Mapping
 
 import torch
@@ -152,7 +153,7 @@ def detect_layout(state_dict: Mapping[str, Tensor]) -> str:
         CheckpointError: The keys are of none of them.
     """
     keys = [key.removeprefix("nat.") for key in state_dict]
-    if any(key.startswith(("embeddings.", "encoder.")) for key in keys):
+    if any(re.match(r"embeddings\.|encoder\.levels\.\d+\.layers\.", key) for key in keys):
         return "transformers"
     if any(key.startswith("patch_embed.proj.0.") for key in keys):
         marks = ("levels.0.downsample.", "head.weight", "head.bias")

@@ -5,32 +5,27 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from timm.layers import resize_rel_pos_bias_table_simple
-from timm.models import clean_state_dict, load_pretrained
+from timm.models import load_pretrained
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from .files import first_line, holds_weights, read_checkpoint, why_unreadable
 from .layouts import convert_state_dict
+from .unwrapping import Network, find_network
 
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # timm's order: EMA weights win
-_LISTED_KEYS = 20
-_HEAD, _STEM = "head.fc", "patch_embed.proj.0.weight"
-
-
-def unwrap(checkpoint: Mapping) -> dict[str, Tensor]:
-    """Takes the state dict out of a training checkpoint (EMA weights first), without DDP or compile prefixes."""
-    for name in _WRAPPERS:
-        if isinstance(checkpoint.get(name), Mapping):
-            checkpoint = checkpoint[name]
-            break
-    return clean_state_dict(checkpoint)
+_LISTED_KEYS = 6
+_HEAD, _NORM, _STEM = "head.fc", "norm", "patch_embed.proj.0.weight"
 
 
-def fit_state_dict(checkpoint: Mapping, model: nn.Module, *, num_classes: int | None = None) -> dict[str, Tensor]:
+def fit_state_dict(
+    checkpoint: Mapping, model: nn.Module, *, num_classes: int | None = None, features_only: bool = False
+) -> dict[str, Tensor]:
     """Converts a checkpoint of any layout to exactly the keys and shapes of `model`, a NAT, or refuses it.
 
     rpb is interpolated (bicubic) to the model's kernel_size. The head is kept if it has as many classes as the model.
@@ -38,17 +33,21 @@ def fit_state_dict(checkpoint: Mapping, model: nn.Module, *, num_classes: int | 
     input channels of the stem are timm's to adapt.
 
     Args:
-        checkpoint: A state dict, or a training checkpoint that holds one.
+        checkpoint: A state dict, or a training checkpoint that holds one; what stands outside the network is left out.
         model: Left as it is.
         num_classes: Of the checkpoint, as declared by its configuration; None means the model's pretrained_cfg.
+        features_only: The model's feature maps alone are asked for: the norm after them may be missing.
 
     Raises:
-        CheckpointError: Keys are missing or unexpected, shapes differ; all of it is listed.
+        CheckpointError: It holds no NAT or several, keys are missing or unexpected, shapes differ; how many and which.
     """
-    state_dict = convert_state_dict(unwrap(checkpoint), "nat_models")
+    network = find_network(checkpoint)
+    state_dict = convert_state_dict(network.tensors, "nat_models")
     target = model.state_dict()
     declared = model.pretrained_cfg["num_classes"] if num_classes is None else num_classes
-    _fit_head(state_dict, target, model.num_classes, declared)
+    _fit_head(state_dict, target, model.num_classes, declared, network)
+    if features_only and not any(key.startswith(f"{_NORM}.") for key in state_dict):
+        state_dict |= {key: value for key, value in target.items() if key.startswith(f"{_NORM}.")}
 
     mismatched = []
     for key, value in state_dict.items():
@@ -62,14 +61,14 @@ def fit_state_dict(checkpoint: Mapping, model: nn.Module, *, num_classes: int | 
             continue
         elif value.shape != expected:
             mismatched.append(f"{key} found {tuple(value.shape)} expected {tuple(expected)}")
-    problems = {
-        "missing": [key for key in target if key not in state_dict],
-        "unexpected": [key for key in state_dict if key not in target],
-        "of another shape": mismatched,
-    }
-    if any(problems.values()):
-        listed = [f"{len(keys)} {what}: {_list(keys)}" for what, keys in problems.items() if keys]
-        raise CheckpointError(f"The checkpoint does not fit the model, nothing was loaded. {'; '.join(listed)}.")
+    missing = [key for key in target if key not in state_dict]
+    unexpected = [key for key in state_dict if key not in target]
+    if missing or unexpected or mismatched:
+        where = f" Read from {network.place}." if network.place else ""
+        lines = [f"The checkpoint does not fit the model, nothing was loaded.{where}"]
+        problems = {"missing": missing, "unexpected": unexpected, "of another shape": mismatched}
+        lines += [f"{len(keys)} {what}: {_list(keys)}." for what, keys in problems.items() if keys]
+        raise CheckpointError("\n".join([*lines, *_advice(missing, unexpected, mismatched)]))
     return state_dict
 
 
@@ -78,7 +77,26 @@ def _list(keys: list[str]) -> str:
     return ", ".join(keys[:_LISTED_KEYS]) + more
 
 
-def _fit_head(state_dict: dict[str, Tensor], target: Mapping[str, Tensor], wanted: int, declared: int) -> None:
+def _advice(missing: list[str], unexpected: list[str], mismatched: list[str]) -> list[str]:
+    """What to do about misfits whose cause can be told, in a line or none."""
+    if any(".parametrizations." in key for key in unexpected):
+        return ["Its weights are parametrized; before saving: torch.nn.utils.parametrize.remove_parametrizations."]
+    if any("lora_" in key for key in unexpected):
+        return ["It holds adapters beside the weights; before saving: model = model.merge_and_unload()."]
+    if any("found (0,)" in text for text in mismatched):
+        return ["Its tensors are empty, as ZeRO-3 leaves them; DeepSpeed's zero_to_fp32.py gathers them in a file."]
+    if not unexpected and not mismatched:
+        head, norm = ({f"{part}.weight", f"{part}.bias"} for part in (_HEAD, _NORM))
+        if set(missing) == head:
+            return ["It is a backbone without a head: num_classes=0 loads it."]
+        if norm <= set(missing) <= norm | head:
+            return ["It lacks the norm after the last level, as features_only leaves it; features_only=True loads it."]
+    return []
+
+
+def _fit_head(
+    state_dict: dict[str, Tensor], target: Mapping[str, Tensor], wanted: int, declared: int, network: Network
+) -> None:
     """Keeps the head, puts the model's own in its place or refuses it.
 
     Its number of classes may differ from the declared one: a fine-tune keeps the configuration it began from.
@@ -87,6 +105,8 @@ def _fit_head(state_dict: dict[str, Tensor], target: Mapping[str, Tensor], wante
     if weight is not None and len(weight) == wanted:
         return
     if wanted != declared:
+        if weight is None and wanted:
+            _refuse_a_head_elsewhere(network, target[f"{_HEAD}.weight"])
         for key in (f"{_HEAD}.weight", f"{_HEAD}.bias"):
             state_dict.pop(key, None)
             if key in target:
@@ -98,7 +118,19 @@ def _fit_head(state_dict: dict[str, Tensor], target: Mapping[str, Tensor], wante
         )
 
 
-def load_weights(model: nn.Module, name: str, pretrained_cfg: Mapping, cache_dir: str | None = None) -> None:
+def _refuse_a_head_elsewhere(network: Network, new: Tensor) -> None:
+    """A new head would be wrong without a word where the file has a trained one of its shape outside the network."""
+    for key, value in network.beside.items():
+        if value.shape == new.shape:
+            raise CheckpointError(
+                f"The network in {network.place} has no head, and {key} beside it is of a head's shape.\n"
+                "num_classes=0 loads the network; to use that head too, save it as the network's head.fc."
+            )
+
+
+def load_weights(
+    model: nn.Module, name: str, pretrained_cfg: Mapping, cache_dir: str | None = None, *, features_only: bool = False
+) -> None:
     """Fills a model with the weights that a configuration of timm's names: a file, a state dict, a repository.
 
     Args:
@@ -106,6 +138,7 @@ def load_weights(model: nn.Module, name: str, pretrained_cfg: Mapping, cache_dir
         name: Of the model, for messages.
         pretrained_cfg: timm's, as a dict; left as it is.
         cache_dir: In place of the Hub's own cache.
+        features_only: As in fit_state_dict.
 
     Raises:
         CheckpointError: The weights cannot be found, read or fitted; nothing was loaded.
@@ -113,16 +146,29 @@ def load_weights(model: nn.Module, name: str, pretrained_cfg: Mapping, cache_dir
     # timm drops a head by comparing numbers of classes that describe the configuration and not the file. Without the
     # classifier's name it leaves the head to the filter, and loads strictly.
     own = {**pretrained_cfg, "classifier": None}
-    fit = partial(fit_state_dict, num_classes=pretrained_cfg["num_classes"])
+    fit = partial(fit_state_dict, num_classes=pretrained_cfg["num_classes"], features_only=features_only)
     with _explain_errors(name, pretrained_cfg):
-        load_pretrained(model, own, in_chans=model.in_chans, filter_fn=fit, cache_dir=cache_dir)
+        if (file := _local_file(pretrained_cfg)) is not None:
+            # timm would take one entry out of the file before the filter sees what is beside it.
+            own |= dict(source="", state_dict=fit(read_checkpoint(file), model))
+            load_pretrained(model, own, in_chans=model.in_chans, cache_dir=cache_dir)
+        else:
+            load_pretrained(model, own, in_chans=model.in_chans, filter_fn=fit, cache_dir=cache_dir)
+
+
+def _local_file(pretrained_cfg: Mapping) -> str | None:
+    """The file or folder that a configuration takes weights from; None where timm finds it."""
+    file, source = pretrained_cfg.get("file"), pretrained_cfg.get("source")
+    if source == "local-dir":
+        return file if holds_weights(file) else None
+    return None if source == "hf-hub" or pretrained_cfg.get("state_dict") else file
 
 
 @contextmanager
 def _explain_errors(name: str, pretrained_cfg: Mapping) -> Iterator[None]:
     """Turns what loading weights raises into one CheckpointError that says what was sought, where, and what to do."""
     repo, file = pretrained_cfg.get("hf_hub_id"), pretrained_cfg.get("file")
-    source = file or f"{repo} on the Hugging Face Hub"
+    source = file or (f"{repo} on the Hugging Face Hub" if repo else pretrained_cfg.get("url"))
     try:
         yield
     except LocalEntryNotFoundError as e:
@@ -141,18 +187,18 @@ def _explain_errors(name: str, pretrained_cfg: Mapping) -> Iterator[None]:
     except FileNotFoundError as e:
         raise CheckpointError(f"{name}: there is no weights file {source}. {e}") from e
     except (SafetensorError, pickle.UnpicklingError, EOFError) as e:
-        raise CheckpointError(_unreadable(name, repo, file, e)) from e
+        raise CheckpointError(f"{name}: {_unreadable(repo, file, e)}") from e
     except RuntimeError as e:
         # torch.load reports a damaged archive, and timm a refused pickle, as a plain RuntimeError.
         if isinstance(e, CheckpointError) or not re.search(r"PytorchStreamReader|weights_only", str(e)):
             raise
-        raise CheckpointError(_unreadable(name, repo, file, e)) from e
+        raise CheckpointError(f"{name}: {_unreadable(repo, file, e)}") from e
 
 
-def _unreadable(name: str, repo: str | None, file: str | None, error: Exception) -> str:
+def _unreadable(repo: str | None, file: str | None, error: Exception) -> str:
+    """What timm could not read, looked at where it is: a download in the Hub's cache."""
     cached = [] if file else [try_to_load_from_cache(repo, f) for f in ("model.safetensors", "pytorch_model.bin")]
-    path = next((x for x in [file, *cached] if isinstance(x, str)), repo)
-    return (
-        f"{name}: {path} cannot be read: it is cut off, damaged or no weights file. Expected a safetensors file or a "
-        f"torch.save archive of tensors. Delete it and load again. ({type(error).__name__}: {error})"
-    )
+    path = next((x for x in [file, *cached] if isinstance(x, str)), None)
+    if path is not None and Path(path).is_file():
+        return why_unreadable(Path(path), error, advice="Delete it and load again.")
+    return f"{path or repo} cannot be read: it is cut off, damaged or no weights file. ({first_line(error)})"

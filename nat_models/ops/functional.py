@@ -7,10 +7,10 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from .backends import BACKENDS, KERNELS, autocast_enabled, autocast_off, native
+from .checks import check_apart, check_packed
 from .request import Request
 from .selection import select
-from .tracing import is_converting, is_exporting
-from .window import window_pair
+from .tracing import is_converting, is_exporting, is_transformed
 
 _Window = tuple[tuple[int, int], tuple[int, int], float]  # kernel_size, dilation, scale
 
@@ -54,15 +54,7 @@ def na2d(
     Source: Hassani et al., CVPR 2023, arXiv:2204.07143, section 3; dilation arXiv:2209.15001.
     """
     query, key, value = map(_autocast, (query, key, value))
-    if query.ndim != 5:
-        raise ValueError(f"query must be [B, H, W, num_heads, head_dim], got shape {tuple(query.shape)}.")
-    for name, x in (("key", key), ("value", value)):
-        if (x.shape, x.dtype, x.device) != (query.shape, query.dtype, query.device):
-            raise ValueError(
-                f"{name} must match query in shape, dtype and device, got {name} {tuple(x.shape)} {x.dtype} "
-                f"on {x.device} and query {tuple(query.shape)} {query.dtype} on {query.device}."
-            )
-    window = _checked_window("query", query, rpb, kernel_size, dilation, scale)
+    window = *check_apart(query, key, value, rpb, kernel_size, dilation), _scale(query, scale)
     _check_dropout(dropout_p)
     requires_grad = torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad or (rpb is not None and rpb.requires_grad)
@@ -87,20 +79,28 @@ def na2d_qkvpacked(
     The same result; its gradient is packed too, where that of three views would be three tensors and a copy.
     """
     qkv = _autocast(qkv)
-    if qkv.ndim != 6 or qkv.shape[3] != 3:
-        raise ValueError(f"qkv must be [B, H, W, 3, num_heads, head_dim], got shape {tuple(qkv.shape)}.")
-    window = _checked_window("qkv", qkv, rpb, kernel_size, dilation, scale)
+    window = *check_packed(qkv, rpb, kernel_size, dilation), _scale(qkv, scale)
     _check_dropout(dropout_p)
     requires_grad = torch.is_grad_enabled() and (qkv.requires_grad or (rpb is not None and rpb.requires_grad))
-    backend = select(_request(qkv, rpb, window, requires_grad, dropout_p))
+    request = _request(qkv, rpb, window, requires_grad, dropout_p)
+    backend = select(request)
     if dropout_p > 0.0 or backend not in KERNELS:
         return _call(backend, *qkv.unbind(3), rpb, window, dropout_p)
-    if backend == "native" and not requires_grad and rpb is not None and qkv.stride(-1) == 1 and not _jit_tracing():
-        kernel_size, dilation, scale = window
-        return torch.ops.nat_models.na2d_qkvpacked_inference.default(
-            qkv, native.as_rpb(rpb, qkv.dtype), *kernel_size, *dilation, scale
-        )
+    wants_derivative = requires_grad or request.transformed
+    if backend == "native" and not wants_derivative and rpb is not None and qkv.stride(-1) == 1 and not _jit_tracing():
+        return _call_inference(qkv, native.as_rpb(rpb, qkv.dtype), *window)
     return torch.ops.nat_models.na2d_qkvpacked.default(qkv, rpb, *window)
+
+
+def _call_inference(
+    qkv: Tensor, rpb: Tensor, kernel_size: tuple[int, int], dilation: tuple[int, int], scale: float
+) -> Tensor:
+    operator, args = torch.ops.nat_models.na2d_qkvpacked_inference.default, (*kernel_size, *dilation, scale)
+    if torch.compiler.is_compiling():  # Dynamo does not trace the guard
+        return operator(qkv, rpb, *args)
+    # No gradient is wanted, so the Python that refuses one (registration.py) is passed by.
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(qkv, rpb, *args)
 
 
 def _jit_tracing() -> bool:
@@ -122,6 +122,7 @@ def _request(x: Tensor, rpb: Tensor | None, window: _Window, requires_grad: bool
         dropout=dropout_p > 0.0,
         compiling=compiling,
         exporting=exporting,
+        transformed=is_transformed(),
         # Tracers and dispatch modes must see one operator (FLOP counters, torch.jit.trace); explain() documents this.
         observed=not compiling and (torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0),
         # Comparing a symbolic size would bake the answer into the exported graph.
@@ -151,29 +152,5 @@ def _check_dropout(dropout_p: float) -> None:
         raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p=}.")
 
 
-def _checked_window(
-    name: str,
-    x: Tensor,
-    rpb: Tensor | None,
-    kernel_size: int | Sequence[int],
-    dilation: int | Sequence[int],
-    scale: float | None,
-) -> _Window:
-    """Checks what query and a packed qkv have in common; returns kernel_size and dilation as pairs, and the scale."""
-    kernel_size, dilation = window_pair(kernel_size, dilation)
-    dtype, shape = x.dtype, x.shape
-    if not dtype.is_floating_point:
-        raise ValueError(f"{name} must be of a floating-point dtype, got {dtype}.")
-    if shape[1] < kernel_size[0] * dilation[0] or shape[2] < kernel_size[1] * dilation[1]:
-        raise ValueError(
-            f"kernel_size * dilation must fit in the map, got a map of {shape[1]} x {shape[2]} with "
-            f"{kernel_size=}, {dilation=}. NeighborhoodAttention2d pads smaller maps, na2d does not."
-        )
-    if rpb is not None:
-        expected = (shape[-2], 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1)
-        if rpb.shape != expected or rpb.device != x.device or rpb.dtype not in (dtype, torch.float32):
-            raise ValueError(
-                f"rpb must be [num_heads, 2*K_h-1, 2*K_w-1] = {expected}, {dtype} or torch.float32, on "
-                f"{x.device}, got {tuple(rpb.shape)} {rpb.dtype} on {rpb.device}."
-            )
-    return kernel_size, dilation, shape[-1] ** -0.5 if scale is None else scale
+def _scale(x: Tensor, scale: float | None) -> float:
+    return x.shape[-1] ** -0.5 if scale is None else scale

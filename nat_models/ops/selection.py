@@ -52,8 +52,8 @@ def candidates(request: Request) -> tuple[str, ...]:
     if _requested is not None:
         _check_exists(_requested)
         return (_requested,)
-    if request.exporting:
-        return ("exportable",)  # an exported graph must run without this package
+    if request.exporting or request.transformed:
+        return ("exportable",)  # an exported graph must run without this package, a transform needs plain operations
     if request.observed or request.stage != "call":
         return KERNELS
     return _AUTOMATIC.get(request.device.type, _AUTOMATIC_ELSEWHERE)
@@ -89,6 +89,7 @@ def explain(
     dropout: bool = False,
     compiling: bool = False,
     exporting: bool = False,
+    transformed: bool = False,
     head_dim: int = 32,
     scale: float | None = None,
 ) -> str:
@@ -106,6 +107,7 @@ def explain(
         dropout: Whether attention weights are dropped.
         compiling: Whether the call is traced by torch.compile.
         exporting: Whether it is traced by torch.export.
+        transformed: Whether torch.func's grad, vmap or jvp, or a forward-mode dual level surrounds it.
         head_dim: Channels of a head.
         scale: As in na2d.
     """
@@ -119,6 +121,7 @@ def explain(
         dropout=dropout,
         compiling=compiling or exporting,
         exporting=exporting,
+        transformed=transformed,
     )
     order = candidates(request)
     reasons = {name: why_not(name, request) for name in BACKENDS}
@@ -130,6 +133,7 @@ def explain(
     kind = [str(dtype).removeprefix("torch."), "with rpb" if rpb else "without rpb"]
     kind += ["with gradient"] * requires_grad + ["with dropout"] * dropout
     kind += ["under torch.export"] if exporting else ["under torch.compile"] * compiling
+    kind += ["under torch.func or forward mode"] * transformed
     verb = "runs on" if reasons[chosen] is None else "raises an error on"
     lines = [f"On {request.device} ({', '.join(kind)}), na2d {verb} {chosen}, {origin}."]
     for name, backend in BACKENDS.items():

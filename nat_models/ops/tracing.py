@@ -1,8 +1,9 @@
-"""Who traces a call: torch.export, or torch.jit.trace for a file that leaves Python."""
+"""Who looks on while a call runs: exporters, a transform of torch.func, forward-mode differentiation."""
 
 import sys
 
 import torch
+from torch.autograd import forward_ad
 
 _NEW = torch.__version__ >= "2.12"  # a TorchVersion, which compares by number
 
@@ -24,6 +25,12 @@ def _dynamo_exports() -> bool:
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     return InstructionTranslator.current_tx().export
+
+
+@torch.compiler.assume_constant_result  # Dynamo enters the transforms that it traces, and guards on those around it
+def is_transformed() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp) or a forward-mode dual level surrounds this call."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_converting() -> bool:

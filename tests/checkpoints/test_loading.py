@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from timm.models import create_model, save_for_hf
 
 from nat_models.checkpoints import LAYOUTS, CheckpointError, convert_state_dict, fit_state_dict, loading
-from tests.checkpoints.conftest import SMALL, random_state_dict, small_network
+from tests.checkpoints.conftest import SMALL, load_file, random_state_dict, same_tensors, small_network
 from tests.conftest import original_state_dict
 
 IMAGE = torch.linspace(-2, 2, 3 * 64 * 64).sin().view(1, 3, 64, 64)
@@ -24,16 +24,6 @@ IMAGE = torch.linspace(-2, 2, 3 * 64 * 64).sin().view(1, 3, 64, 64)
 def _load(state_dict, **kwargs):
     overlay = dict(state_dict=dict(state_dict), hf_hub_id=None)
     return create_model("nat_mini", pretrained=True, pretrained_cfg_overlay=overlay, **(SMALL | kwargs)).eval()
-
-
-def _load_file(path, **kwargs):
-    return create_model("nat_mini", pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), **(SMALL | kwargs))
-
-
-def _loaded_part(model, state_dict, without=()):
-    ours = convert_state_dict(state_dict, "nat_models")
-    loaded = model.state_dict()
-    return all(torch.equal(loaded[k], v) for k, v in ours.items() if not k.startswith(without))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -52,22 +42,22 @@ def test_training_checkpoints_are_unwrapped(tmp_path, wrapper, prefix):
         checkpoint = {wrapper: checkpoint, "epoch": 3}
     path = tmp_path / "nat_mini.pth"
     torch.save(checkpoint, path)
-    assert _loaded_part(_load_file(path), state_dict)
+    assert same_tensors(load_file(path), state_dict)
 
 
 def test_ema_weights_win(tmp_path):
     ema, raw = random_state_dict("original"), random_state_dict("original")
     path = tmp_path / "nat_mini.pth"
     torch.save({"state_dict": raw, "state_dict_ema": ema}, path)
-    assert _loaded_part(_load_file(path), ema)
+    assert same_tensors(load_file(path), ema)
 
 
 def test_our_layout_loads_from_safetensors_both_ways(tmp_path):
     state_dict = random_state_dict("nat_models")
     path = tmp_path / "model.safetensors"
     save_file(state_dict, path)
-    assert _loaded_part(_load_file(path), state_dict)
-    assert _loaded_part(create_model("nat_mini", checkpoint_path=str(path), **SMALL), state_dict)
+    assert same_tensors(load_file(path), state_dict)
+    assert same_tensors(create_model("nat_mini", checkpoint_path=str(path), **SMALL), state_dict)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -75,16 +65,16 @@ def test_another_number_of_classes_keeps_the_backbone_and_makes_a_new_head(layou
     state_dict = random_state_dict(layout)
     model = _load(state_dict, num_classes=7)
     assert model.head.fc.weight.shape == (7, 128)
-    assert _loaded_part(model, state_dict, without="head")
-    assert _loaded_part(_load(state_dict, num_classes=0), state_dict, without="head")
+    assert same_tensors(model, state_dict, without="head")
+    assert same_tensors(_load(state_dict, num_classes=0), state_dict, without="head")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_fine_tunes_load_with_their_own_number_of_classes(layout):
     state_dict = random_state_dict(layout, num_classes=7)
-    assert _loaded_part(_load(state_dict, num_classes=7), state_dict)
+    assert same_tensors(_load(state_dict, num_classes=7), state_dict)
     # A fine-tune of a fine-tune: the third number of classes makes a new head.
-    assert _loaded_part(_load(state_dict, num_classes=5), state_dict, without="head")
+    assert same_tensors(_load(state_dict, num_classes=5), state_dict, without="head")
 
 
 def test_a_fine_tune_without_its_number_of_classes_is_an_error():
@@ -97,8 +87,8 @@ def test_a_backbone_without_head_loads_where_no_head_is_asked_for(layout):
     state_dict = random_state_dict(layout, num_classes=0)
     if layout == "transformers":
         state_dict = {k.removeprefix("nat."): v for k, v in state_dict.items()}  # NatModel, NatBackbone
-    assert _loaded_part(_load(state_dict, num_classes=0), state_dict)
-    assert _loaded_part(_load(state_dict, num_classes=3), state_dict)
+    assert same_tensors(_load(state_dict, num_classes=0), state_dict)
+    assert same_tensors(_load(state_dict, num_classes=3), state_dict)
     features = _load(state_dict, features_only=True)(IMAGE)
     assert [f.shape[1] for f in features] == [16, 32, 64, 128]
     with pytest.raises(CheckpointError, match=r"2 missing: head.fc.weight, head.fc.bias"):
@@ -118,7 +108,7 @@ def test_in_chans_adapts_the_stem_as_timm_does(in_chans):
     stem = state_dict["patch_embed.proj.0.weight"]
     expected = timm.models.adapt_input_conv(in_chans, stem)
     assert torch.equal(model.patch_embed.proj[0].weight, expected)
-    assert _loaded_part(model, state_dict, without="patch_embed.proj.0.weight")
+    assert same_tensors(model, state_dict, without="patch_embed.proj.0.weight")
 
 
 @pytest.mark.parametrize("kernel_size", [5, 9, (3, 7)])
@@ -141,7 +131,7 @@ def test_another_kernel_size_interpolates_rpb(kernel_size):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda d: d.pop("norm.weight"), r"1 missing: norm\.weight\.$"),
+        (lambda d: d.pop("norm.weight"), r"\n1 missing: norm\.weight\.$"),
         (lambda d: d.update(extra=torch.zeros(1)), r"1 unexpected: extra\.$"),
         (
             lambda d: d.update({"levels.2.blocks.1.attn.proj.bias": torch.zeros(65)}),
@@ -175,7 +165,7 @@ def test_an_incomplete_qkv_is_listed():
 
 def test_another_variant_is_refused_with_shapes():
     with pytest.raises(
-        CheckpointError, match=r"unexpected.*of another shape: .*found \(48, 3, 3, 3\) expected \(32, 3, 3, 3\)"
+        CheckpointError, match=r"(?s)unexpected.*of another shape: .*found \(48, 3, 3, 3\) expected \(32, 3, 3, 3\)"
     ):
         overlay = dict(state_dict=original_state_dict("nat_small"), hf_hub_id=None)
         create_model("nat_mini", pretrained=True, pretrained_cfg_overlay=overlay)
@@ -187,37 +177,6 @@ def test_another_architecture_is_refused_with_the_layouts_expected():
         CheckpointError, match=r"not a NAT in a known layout. Found keys such as 'conv1\.weight'.*expected"
     ):
         create_model("nat_mini", pretrained=True, pretrained_cfg_overlay=overlay)
-
-
-@pytest.mark.parametrize("name", ["cut.safetensors", "cut.pth", "text.pth", "text.safetensors", "empty.pth"])
-def test_damaged_files_are_named(tmp_path, name):
-    path = tmp_path / name
-    if name.startswith("cut"):
-        whole = tmp_path / f"whole{path.suffix}"
-        state_dict = random_state_dict("nat_models")
-        save_file(state_dict, whole) if path.suffix == ".safetensors" else torch.save(state_dict, whole)
-        path.write_bytes(whole.read_bytes()[:-1000])
-    else:
-        path.write_text("" if name.startswith("empty") else "<html>Not found</html>" * 9)
-    with pytest.raises(CheckpointError, match=rf"nat_mini: .*{name} cannot be read: it is cut off"):
-        _load_file(path)
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no weights file .*absent\.pth"):
-        _load_file(tmp_path / "absent.pth")
-
-
-def test_pickles_that_run_code_are_refused(tmp_path):
-    class Payload:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "ran"), "w"))
-
-    path = tmp_path / "evil.pth"
-    torch.save({"model": Payload()}, path)
-    with pytest.raises(CheckpointError, match=r"evil\.pth cannot be read"):
-        _load_file(path)
-    assert not (tmp_path / "ran").exists()
 
 
 def test_save_for_hf_and_local_dir_are_inverse(tmp_path):
@@ -236,7 +195,7 @@ def test_save_for_hf_and_local_dir_are_inverse(tmp_path):
     assert loaded.pretrained_cfg["label_names"] == labels
     with_new_head = create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=9)
     assert with_new_head.head.fc.out_features == 9
-    assert _loaded_part(with_new_head, model.state_dict(), without="head")
+    assert same_tensors(with_new_head, model.state_dict(), without="head")
 
 
 def test_fitting_changes_neither_checkpoint_nor_model_nor_configuration():
@@ -265,7 +224,7 @@ def test_cache_dir_is_where_timm_is_told_to_keep_downloads(monkeypatch, tmp_path
     assert seen[0]["cache_dir"] == str(tmp_path)
 
 
-@pytest.mark.parametrize(("extra", "ending"), [(20, "extra9."), (21, "and 1 more."), (50, "and 30 more.")])
+@pytest.mark.parametrize(("extra", "ending"), [(6, "extra5."), (7, "and 1 more."), (50, "and 44 more.")])
 def test_a_long_list_of_keys_is_cut_and_counted(extra, ending):
     state_dict = random_state_dict("original") | {f"extra{i}": torch.zeros(1) for i in sorted(range(extra), key=str)}
     with pytest.raises(CheckpointError, match=f"{extra} unexpected: extra0, .*") as refused:
@@ -273,25 +232,31 @@ def test_a_long_list_of_keys_is_cut_and_counted(extra, ending):
     assert str(refused.value).endswith(ending)
 
 
-def test_a_damaged_download_is_named_by_its_path_in_the_cache(monkeypatch):
-    found = {"pytorch_model.bin": "/cache/pytorch_model.bin"}
+def test_a_damaged_download_is_named_by_its_path_in_the_cache(monkeypatch, tmp_path):
+    damaged, found = tmp_path / "pytorch_model.bin", {}
+    damaged.write_bytes(b"PK\x03\x04 cut")
     monkeypatch.setattr(
         loading, "try_to_load_from_cache", lambda repo, file: found.get(file) if repo == "a/b" else None
     )
-    message = loading._unreadable("nat_mini", "a/b", None, EOFError("short"))
-    assert message.startswith("nat_mini: /cache/pytorch_model.bin cannot be read") and "(EOFError: short)" in message
-    found["model.safetensors"] = "/cache/model.safetensors"
-    assert "/cache/model.safetensors cannot be read" in loading._unreadable("nat_mini", "a/b", None, EOFError())
-    assert loading._unreadable("nat_mini", "c/d", None, EOFError()).startswith("nat_mini: c/d cannot be read")
-    assert "own.pth cannot be read" in loading._unreadable("nat_mini", "a/b", "own.pth", EOFError())
+    error = EOFError("short")
+    assert loading._unreadable("a/b", None, error).startswith("a/b cannot be read")
+    found["pytorch_model.bin"] = str(damaged)
+    message = loading._unreadable("a/b", None, error)
+    assert message.startswith(f"{damaged} cannot be read: it is cut off")
+    assert "Delete it and load again" in message and "(EOFError: short)" in message
+    damaged.with_name("model.safetensors").write_bytes(b"")
+    found["model.safetensors"] = str(damaged.with_name("model.safetensors"))
+    assert "model.safetensors cannot be read: it is empty. Delete it" in loading._unreadable("a/b", None, error)
+    assert loading._unreadable("c/d", None, error).startswith("c/d cannot be read")
+    assert "own.pth cannot be read" in loading._unreadable("a/b", "own.pth", error)
 
 
 def test_all_that_does_not_fit_is_listed_at_once():
     state_dict = {"extra": torch.zeros(1)} | random_state_dict("original")  # found first, and not the only one
     del state_dict["norm.weight"]
     state_dict["norm.bias"] = torch.zeros(3)
-    listed = r"1 missing: norm\.weight; 1 unexpected: extra; 1 of another shape: norm\.bias found"
-    with pytest.raises(CheckpointError, match=rf"nothing was loaded\. {listed}"):
+    listed = r"1 missing: norm\.weight\.\n1 unexpected: extra\.\n1 of another shape: norm\.bias found"
+    with pytest.raises(CheckpointError, match=rf"nothing was loaded\.\n{listed}"):
         _load(state_dict)
 
 

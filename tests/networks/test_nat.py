@@ -13,7 +13,8 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils.flop_counter import FlopCounterMode
 
 import nat_models  # noqa: F401  registers the models
-from nat_models.networks.nat import NAT, NATBlock
+from nat_models.networks.blocks import NATBlock
+from nat_models.networks.nat import NAT
 from tests.conftest import FIXTURES, original_state_dict, tensor
 
 MODELS = list_models(module="nat")
@@ -81,7 +82,8 @@ def test_fvcore_counts_the_published_cost_too(name):
     model, image = create_model(name).eval().requires_grad_(False), torch.zeros(1, 3, 224, 224)
     count = flop_count(model, image)
     count.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    assert f"{count.total() / 1e9:.1f}" == PUBLISHED[name][1]
+    # Published with one digit. Norms are counted too, and the zero token beside every map in a trace.
+    assert count.total() / 1e9 == pytest.approx(float(PUBLISHED[name][1]), rel=0.01)
     with FlopCounterMode(display=False) as counter:
         model(image)
     flops = counter.get_flop_counts()["Global"][torch.ops.nat_models.na2d_qkvpacked_inference]
@@ -246,7 +248,8 @@ def test_torchscript_runs_and_says_why_it_cannot_be_saved(tmp_path):
     scripted = torch.jit.script(model.eval())
     x = torch.randn(1, 3, 64, 96)
     torch.testing.assert_close(scripted(x), model(x))
-    with pytest.raises(RuntimeError, match="Could not export Python function call 'attend'"):
+    torch.testing.assert_close(torch.jit.freeze(scripted)(x), model(x))
+    with pytest.raises(RuntimeError, match="Could not export Python function call"):
         scripted.save(tmp_path / "model.pt")
 
 
@@ -425,13 +428,14 @@ def test_the_last_norm_goes_with_the_last_block_and_groups_are_blocks_by_default
 
 
 @pytest.mark.slow
-def test_compiled_every_map_keeps_its_channels_together():
-    model = create_model("nat_mini", depths=(2, 2, 2, 2)).eval()
-    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
-        _, code = run_and_get_code(torch.compile(model, fullgraph=True), torch.randn(2, 3, 224, 224))
-    buffers = re.findall(r"empty_strided_cpu\(\(([\d, ]+)\), \(([\d, ]+)\)", "\n".join(code))
+@pytest.mark.parametrize("train", [False, True])
+def test_compiled_every_map_keeps_its_channels_together(train):
+    model = create_model("nat_mini", depths=(2, 2, 2, 2)).train(train)
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.set_grad_enabled(train), torch._inductor.config.patch(force_disable_caches=True):
+        _, (code, *_) = run_and_get_code(compiled, torch.randn(2, 3, 224, 224))
+    buffers = re.findall(r"empty_strided_cpu\(\(([\d, ]+)\), \(([\d, ]+)\)", code)
+    assert ("2, 224, 224, 3", "150528, 672, 3, 1") in buffers  # the image, for the first convolution
     maps = [(size, stride) for size, stride in buffers if int(size.split(", ")[-1]) >= 64]
     assert len(maps) > 4
-    assert [(size, stride) for size, stride in maps if stride.split(", ")[-1] != "1"] == [
-        ("2, 3, 224, 224", "150528, 1, 672, 3")  # the image, for the first convolution
-    ]
+    assert [(size, stride) for size, stride in maps if stride.split(", ")[-1] != "1"] == []

@@ -1,6 +1,9 @@
 """What the operator's tests share: every backend in turn, inputs, gradients."""
 
 import functools
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,3 +86,24 @@ def gradients(output, inputs):
     # A fixed, uneven weighting, so that no gradient cancels.
     weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).sin().view_as(output)
     return torch.autograd.grad((output * weight).sum(), inputs)
+
+
+@pytest.fixture(scope="session")
+def sanitized(tmp_path_factory):
+    """The kernel built with ASan and UBSan, and the environment in which a Python built without runs it."""
+    missing = [tool for tool in ("cmake", "g++") if shutil.which(tool) is None]
+    if missing:
+        pytest.skip(f"cannot build the kernel: no {' and no '.join(missing)}")
+    build = tmp_path_factory.mktemp("sanitized")
+    source = Path(__file__).parents[2] / "nat_models" / "ops" / "csrc"
+    for command in (["-S", source, "-B", build, "-DNAT_SANITIZE=ON"], ["--build", build]):
+        subprocess.run(["cmake", *map(str, command)], check=True, capture_output=True, text=True)
+    find = [f"-print-file-name=lib{name}.so" for name in ("asan", "ubsan")]
+    paths = [subprocess.run(["g++", flag], check=True, capture_output=True, text=True).stdout.strip() for flag in find]
+    environment = {
+        "LD_PRELOAD": " ".join(paths),
+        # Python itself never frees all it has; memory that is refused is an error of PyTorch's, not the end.
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    return str(build / "nat_cpu.so"), environment

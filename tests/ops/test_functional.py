@@ -134,6 +134,17 @@ def test_views_of_a_packed_qkv_give_the_same_bits(backend):
     assert torch.equal(packed, apart)
 
 
+@pytest.mark.parametrize("axis", [0, 1, 3])
+def test_the_output_is_contiguous_whatever_strides_come_in(axis, backend):
+    # As the operator's fake promises: compiled code reads it by those strides.
+    shape = [1, 3, 4, 2, 8]
+    shape[axis], shape[-1] = shape[-1], shape[axis]
+    query, key, value = torch.randn(3, *shape).transpose(axis + 1, -1).unbind()
+    output = na2d(query, key, value, kernel_size=3)
+    assert output.is_contiguous()
+    torch.testing.assert_close(output, na2d(*(x.contiguous() for x in (query, key, value)), kernel_size=3))
+
+
 def test_empty_batch_gives_empty_result_and_zero_rpb_gradient(backend):
     query, key, value, rpb = make_inputs(0, 9, 12, 2, 8, (3, 3), requires_grad=True)
     output = na2d(query, key, value, kernel_size=3, rpb=rpb)

@@ -33,7 +33,11 @@ _CHUNK_ELEMENTS_DEFAULT = 1 << 26
 
 def why_not(request: Request) -> str | None:
     """Why it cannot run a kind of call; None if it can."""
-    return "torch.compile cannot trace its attention dropout" if request.dropout and request.compiling else None
+    if not request.dropout:
+        return None
+    if request.compiling:
+        return "torch.compile cannot trace its attention dropout"
+    return "scaled_dot_product_attention has no forward mode" if request.transformed else None
 
 
 class _Axis(NamedTuple):
@@ -132,7 +136,8 @@ def _plan_of(
     tile: int,
     device: torch.device,
 ) -> _Plan:
-    rows, cols = (_axis(n, k, d, tile, device) for n, k, d in zip(size, kernel_size, dilation, strict=True))
+    with torch.device("cpu"):  # where an axis is made before it goes to `device`; the default may be another
+        rows, cols = (_axis(n, k, d, tile, device) for n, k, d in zip(size, kernel_size, dilation, strict=True))
     (_, t, h), (tiles, u, w) = rows.offsets.shape, cols.offsets.shape
     height, width = (2 * k - 1 for k in kernel_size)
     # Pairs outside the window (-1) index the extra row or column of -inf.
@@ -215,7 +220,7 @@ def na2d(
     if plan.whole:
         q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (query, key, value))
         out = scaled_dot_product_attention(q, k, v, attn_mask=masks[0], dropout_p=dropout_p, scale=scale)
-        return out.transpose(1, 2).reshape(query.shape)
+        return out.transpose(1, 2).reshape(query.shape).contiguous()  # reshape may give a view, as query's strides are
     rows, cols = plan.rows, plan.cols
     outputs = []
     for chunk in _chunks(len(query), rows.keys.numel() * cols.keys.numel() * query[0, 0, 0].numel(), query.device):
@@ -233,7 +238,7 @@ def na2d(
             )
             tiles.append(_split(out, len(q), queries, cols.queries))
         outputs.append(_untile(tiles, plan))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).contiguous()
 
 
 def _untile(tiles: list[Tensor], plan: _Plan) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ..request import Request
-from ..window import group_length, window_start
+from ..window import group_length, window_pair, window_start
 
 SUMMARY = "flex_attention with rpb as its score_mod, compiled; CUDA and XPU"
 
@@ -28,6 +28,11 @@ _MIN_HEAD_DIM = 16  # of flex_attention's GPU kernels
 # With two threads the process dies in 2.6 and 2.9, and 2.7 and 2.8 generate what a C++ compiler refuses.
 _CPU_CODE_IS_SOUND = torch.__version__ >= "2.13"
 
+# What a plan may hold on the host: [positions, positions] booleans of an axis and [blocks, blocks] integers of the map,
+# up to 3 and 8 GB while they are made. More might end the process for want of memory, without an error.
+_MAX_POSITIONS = 1 << 15
+_MAX_BLOCKS = 1 << 14
+
 # Every dtype, head count, size and mode is compiled once. PyTorch's limit of 8 would be an error within one model.
 _RECOMPILE_LIMIT = 256
 
@@ -36,6 +41,8 @@ def why_not(request: Request) -> str | None:
     """Why flex_attention cannot run a kind of call; None if it can."""
     if request.dropout:
         return "it drops no attention weights"
+    if request.transformed:
+        return "flex_attention has neither forward mode nor a batching rule"
     if request.device.type == "cpu":
         if request.requires_grad:
             return "flex_attention has no backward on the CPU"
@@ -87,9 +94,10 @@ def _axis(length: int, kernel_size: int, dilation: int, tile: int) -> _Axis:
     members = group_length(length, dilation, group)
     query = torch.minimum(position % padded, members - 1)
     start = group * padded + window_start(query, members, kernel_size)
-    inside = (position >= start[:, None]) & (position < start[:, None] + kernel_size)
-    tiles = len(position) // tile
-    return _Axis(start, inside.view(tiles, tile, tiles, tile).any(3).any(1))
+    # Windows of neighbours overlap, so those of a tile cover one run of keys.
+    first, last = start.view(-1, tile)[:, :1] // tile, (start.view(-1, tile)[:, -1:] + kernel_size - 1) // tile
+    other = torch.arange(len(position) // tile)
+    return _Axis(start, (other >= first) & (other <= last))
 
 
 def _padded(length: int, dilation: int, tile: int) -> int:
@@ -107,13 +115,31 @@ class _Plan(NamedTuple):
     q_indices: Tensor
 
 
+def _tile_shapes(
+    size: tuple[int, ...], kernel_size: tuple[int, ...], dilation: tuple[int, ...]
+) -> list[tuple[int, int]]:
+    """The shapes of a tile whose plan can be held. Checks what na2d has checked, for direct calls of the operator."""
+    window_pair(kernel_size, dilation)
+    if len(size) != 2 or any(n < k * d for n, k, d in zip(size, kernel_size, dilation, strict=True)):
+        raise ValueError(f"kernel_size * dilation must fit in the map, got {size=}, {kernel_size=}, {dilation=}.")
+    shapes = [(t, _BLOCK // t) for t in _TILES]
+    positions = [[d * _padded(n, d, t) for n, d, t in zip(size, dilation, shape, strict=True)] for shape in shapes]
+    fits = [rows * cols <= _MAX_BLOCKS * _BLOCK for rows, cols in positions]
+    if not any(fits) or max(positions[0][0], positions[-1][1]) > _MAX_POSITIONS:  # a tile of one row, and of one column
+        raise ValueError(
+            f"flex_attention's mask is planned for up to {_MAX_BLOCKS} blocks of {_BLOCK} tokens and {_MAX_POSITIONS} "
+            f"rows and columns, dilation groups padded, got {size=}, {dilation=}; the backend 'blocked' needs no plan."
+        )
+    return [shape for shape, fit in zip(shapes, fits, strict=True) if fit]
+
+
 @functools.lru_cache(maxsize=64)
 def _plan_of(
     size: tuple[int, int], kernel_size: tuple[int, int], dilation: tuple[int, int], device: torch.device
 ) -> _Plan:
-    # Cached plans must be real tensors, usable with and without gradients.
-    with unset_fake_temporarily(), torch.inference_mode(False):
-        tiles = [(t, _BLOCK // t) for t in _TILES]
+    tiles = _tile_shapes(size, kernel_size, dilation)
+    # Cached plans must be real tensors, usable with and without gradients; the default device may be another.
+    with unset_fake_temporarily(), torch.inference_mode(False), torch.device("cpu"):
         axes = [[_axis(*axis) for axis in zip(size, kernel_size, dilation, tile, strict=True)] for tile in tiles]
         # The shape that leaves the fewest blocks to compute. On a narrow map that is a wide one: a window spans most of
         # the width anyway.

@@ -147,8 +147,10 @@ def as_rpb(rpb: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _check(status: int) -> None:
-    if status:
-        raise MemoryError("na2d: no memory for scratch") if status == 1 else RuntimeError(f"na2d: {status=}")
+    if status == 1:
+        raise MemoryError("na2d: no memory for scratch")
+    if status:  # shapes and dtypes are checked before
+        raise RuntimeError(f"na2d: the data of all tensors must be there, and aligned to its dtype ({status=}).")
 
 
 def _call(
@@ -190,10 +192,10 @@ def na2d(
 ) -> Tensor:
     """Neighborhood attention of checked CPU tensors [B, H, W, num_heads, head_dim]; see `nat_models.na2d`."""
     library = _load()
-    query, key, value = _dense_last(query), _dense_last(key), _dense_last(value)
-    bias = as_rpb(rpb, query.dtype)
-    out = torch.empty(query.shape, dtype=query.dtype)
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)  # not the default device
     if out.numel():
+        query, key, value = _dense_last(query), _dense_last(key), _dense_last(value)
+        bias = as_rpb(rpb, query.dtype)
         _check(library.nat_na2d_forward(_call(out, None, query, key, value, bias, kernel_size, dilation, scale)))
     return out
 

@@ -20,6 +20,8 @@ def why_not(request: Request) -> str | None:
         return "NATTEN has no relative position bias"
     if request.dropout:
         return "NATTEN drops no attention weights"
+    if request.transformed:
+        return "NATTEN has neither forward mode nor batching rules"
     if request.scale == 0.0:
         return "NATTEN takes a scale of 0.0 for none given"
     if device not in ("cpu", "cuda"):
@@ -67,6 +69,45 @@ def _why_no_natten(device: str, compiling: bool) -> str | None:
     return None if natten.HAS_LIBNATTEN else f"natten {version} was built without its CUDA kernels"
 
 
+# What NATTEN's backward computes has no history: a second derivative would take it for constant. Where one may follow,
+# a node that refuses it ties the gradients to all that they depend on.
+class _Refused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grad_output, query, key, value, *grads):
+        return tuple(x.view_as(x) for x in grads)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "NATTEN's backward has no derivative; use_backend('blocked') of nat_models.ops has every one."
+        )
+
+
+class _Inputs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grad_output, query, key, value):
+        ctx.grad_output = grad_output
+        ctx.save_for_backward(query, key, value)
+        return tuple(x.view_as(x) for x in (query, key, value))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        grad_output = ctx.grad_output.pop()
+        return None, *(_Refused.apply(grad_output, *ctx.saved_tensors, *grads) if torch.is_grad_enabled() else grads)
+
+
+class _Output(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grad_output, output):
+        ctx.grad_output = grad_output
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.grad_output.append(grad)
+        return None, grad
+
+
 def na2d(
     query: Tensor,
     key: Tensor,
@@ -79,4 +120,9 @@ def na2d(
     """Neighborhood attention of checked tensors [B, H, W, num_heads, head_dim]; see `nat_models.na2d`."""
     import natten
 
-    return natten.na2d(query, key, value, kernel_size=kernel_size, dilation=dilation, scale=scale).contiguous()
+    if torch.compiler.is_compiling():  # compiled code refuses a second derivative by itself
+        return natten.na2d(query, key, value, kernel_size=kernel_size, dilation=dilation, scale=scale).contiguous()
+    grad_output: list[Tensor] = []
+    query, key, value = _Inputs.apply(grad_output, query, key, value)
+    output = natten.na2d(query, key, value, kernel_size=kernel_size, dilation=dilation, scale=scale)
+    return _Output.apply(grad_output, output).contiguous()

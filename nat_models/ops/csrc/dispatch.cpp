@@ -1,6 +1,7 @@
 // Picks the instruction set and forwards the C ABI to it.
 #include <string.h>
 
+#include "checks.h"
 #include "isa.h"
 
 namespace {
@@ -33,7 +34,27 @@ const Isa& isa() {
     return *chosen;
 }
 
+// Whether a pointer leads to elements of a size; null only where it may be.
+bool leads_to(const void* data, uintptr_t bytes, bool may_be_null = false) {
+    return (data || may_be_null) && (uintptr_t)data % bytes == 0;
+}
+
+bool data_is_there(const nat_na2d_call& call, bool backward) {
+    const uintptr_t wide = call.dtype == NAT_FLOAT64 ? 8 : 4;
+    const uintptr_t bytes = call.dtype == NAT_BFLOAT16 || call.dtype == NAT_FLOAT16 ? 2 : wide;
+    const nat_tensor* const tensors[] = {&call.query, &call.key, &call.value, backward ? &call.grad_out : &call.out};
+    const nat_tensor* const gradients[] = {&call.grad_query, &call.grad_key, &call.grad_value};
+    bool good = leads_to(call.rpb, wide, true) && leads_to(call.grad_rpb, wide, true);
+    for (const nat_tensor* t : tensors) good = good && leads_to(t->data, bytes);
+    if (backward)
+        for (const nat_tensor* t : gradients) good = good && leads_to(t->data, bytes);
+    return good;
+}
+
 int32_t run(const nat_na2d_call* call, bool backward) {
+    if (broken_rule(*call)) return NAT_BAD_CALL;
+    if (is_empty(*call)) return NAT_OK;
+    if (!data_is_there(*call, backward)) return NAT_BAD_CALL;
     uint32_t threads = 1;
     if (run_parallel && count_threads && count_threads(&threads) != 0) threads = 1;
     return isa().entry(call, backward, run_parallel, threads);

@@ -353,6 +353,7 @@ template <class E>
 int32_t na2d(const nat_na2d_call& call, bool backward, nat_parallel_for run, index_t threads) {
     using C = typename Compute<E>::type;
     const Plan<C> plan(call, backward, threads);
+    if (Buffers<C>::elements(plan) > kMaxElements) return NAT_NO_MEMORY;
     Arena size;
     Buffers<C>(plan, size);
 

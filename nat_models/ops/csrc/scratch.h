@@ -3,6 +3,7 @@
 #include <stdlib.h>
 
 #include "bias.h"
+#include "checks.h"
 #include "microkernels.h"
 
 namespace {
@@ -52,6 +53,13 @@ struct Buffers {
     Piece* pieces;
     Segment<C>* segments;
     index_t *query_slot, *key_slot;  // row % ring_rows and row % kernel_rows, without a division at each use
+
+    // About as many as the largest pieces have, as a number that cannot overflow: the logits of a large window can.
+    static double elements(const Plan<C>& plan) {
+        const double keys = double(plan.kernel_rows) * double(plan.kernel_cols), cols = double(plan.cols_padded);
+        const double logits = keys * cols * double(plan.ring_rows), bias = 2 * keys * cols;
+        return logits + bias + double(plan.row_size) * double(plan.ring_rows + plan.kernel_rows);
+    }
 
     Buffers(const Plan<C>& plan, Arena& arena) : plan(plan), transposed_cols(plan.cols_padded + 2 * L) {
         const index_t keys = plan.kernel_rows * plan.kernel_cols, ring_size = plan.row_size * plan.ring_rows;

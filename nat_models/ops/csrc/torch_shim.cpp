@@ -6,37 +6,45 @@
 #include <stdexcept>
 #include <string>
 
-#include "abi.h"
+#include "checks.h"
 
 namespace {
 
 nat_torch torch;
 
+[[noreturn]] void refuse(const std::string& why) { throw std::runtime_error("na2d_qkvpacked_inference: " + why); }
+
 void check(int32_t status) {
-    if (status) throw std::runtime_error("na2d_qkvpacked_inference: status " + std::to_string(status) + " from torch");
+    if (status) refuse("status " + std::to_string(status) + " from torch");
 }
 
-// A tensor that the stack handed over and this owns.
+// A tensor that this owns until it is released.
 struct Tensor {
     void* handle;
-    int64_t dim, *size, *stride;
-    void* data;
+    int64_t dim = 0, *size = nullptr, *stride = nullptr;
+    void* data = nullptr;
+    int32_t dtype = 0;
 
-    explicit Tensor(uint64_t value) : handle(reinterpret_cast<void*>(value)) {
+    explicit Tensor(void* handle) : handle(handle) {}
+    Tensor(const Tensor&) = delete;
+    Tensor& operator=(const Tensor&) = delete;
+    ~Tensor() {
+        if (handle) torch.delete_tensor_object(handle);
+    }
+
+    void read() {
         check(torch.get_dim(handle, &dim));
         check(torch.get_sizes(handle, &size));
         check(torch.get_strides(handle, &stride));
         check(torch.get_data_ptr(handle, &data));
-    }
-    Tensor(const Tensor&) = delete;
-    Tensor& operator=(const Tensor&) = delete;
-    ~Tensor() { torch.delete_tensor_object(handle); }
-
-    int32_t dtype() const {
-        int32_t dtype;
         check(torch.get_dtype(handle, &dtype));
-        return dtype;
     }
+    void* release() {
+        void* const released = handle;
+        handle = nullptr;
+        return released;
+    }
+    // Of a tensor with elements: its sizes multiply to no more than its memory holds, where strides say so.
     bool contiguous() const {
         int64_t expected = 1;
         for (int64_t i = dim - 1; i >= 0; expected *= size[i--]) {
@@ -44,69 +52,111 @@ struct Tensor {
         }
         return true;
     }
+    std::string shape() const {
+        std::string text = "[";
+        for (int64_t i = 0; i < dim; ++i) text += (i ? ", " : "") + std::to_string(size[i]);
+        return text + "]";
+    }
 };
 
-int64_t dtype_of(const Tensor& tensor, int64_t& bytes) {
-    const int32_t dtype = tensor.dtype();
-    bytes = dtype == torch.dtype_float32() ? 4 : dtype == torch.dtype_float64() ? 8 : 2;
-    if (bytes == 4) return NAT_FLOAT32;
-    if (bytes == 8) return NAT_FLOAT64;
-    if (dtype == torch.dtype_bfloat16()) return NAT_BFLOAT16;
-    if (dtype == torch.dtype_float16()) return NAT_FLOAT16;
-    throw std::runtime_error("na2d_qkvpacked_inference: qkv must be float32, float64, bfloat16 or float16");
+bool find_dtype(const Tensor& tensor, nat_na2d_call& call, int64_t& bytes) {
+    const struct {
+        int32_t dtype;
+        nat_dtype ours;
+        int64_t bytes;
+    } known[] = {{torch.dtype_float32(), NAT_FLOAT32, 4},
+                 {torch.dtype_float64(), NAT_FLOAT64, 8},
+                 {torch.dtype_bfloat16(), NAT_BFLOAT16, 2},
+                 {torch.dtype_float16(), NAT_FLOAT16, 2}};
+    for (const auto& candidate : known) {
+        if (candidate.dtype != tensor.dtype) continue;
+        call.dtype = candidate.ours;
+        bytes = candidate.bytes;
+        return true;
+    }
+    return false;
+}
+
+// size == 2 * kernel - 1, without the product.
+bool is_rpb_size(int64_t size, int64_t kernel) { return size % 2 == 1 && size / 2 == kernel - 1; }
+
+// Fills the call's sizes and dtype. Returns the rule that the arguments break, null if none. The package has checked
+// them before it calls; whoever calls the operator itself has not. All tensors are dense ones of a CPU here: others
+// have another dispatch key.
+const char* fill(nat_na2d_call& call, const Tensor& qkv, const Tensor& rpb, int64_t& bytes) {
+    if (qkv.dim != 6 || qkv.size[3] != 3) return "qkv must be [B, H, W, 3, num_heads, head_dim]";
+    if (!find_dtype(qkv, call, bytes)) return "qkv must be float32, float64, bfloat16 or float16";
+    call.batch = qkv.size[0];
+    call.height = qkv.size[1];
+    call.width = qkv.size[2];
+    call.heads = qkv.size[4];
+    call.head_dim = qkv.size[5];
+    if (const char* rule = broken_rule(call)) return rule;
+    if (rpb.dtype != (call.dtype == NAT_FLOAT64 ? torch.dtype_float64() : torch.dtype_float32()))
+        return "rpb must be float64 where qkv is, and float32 otherwise";
+    if (rpb.dim != 3 || rpb.size[0] != call.heads || !is_rpb_size(rpb.size[1], call.kernel[0]) ||
+        !is_rpb_size(rpb.size[2], call.kernel[1]))
+        return "rpb must be [num_heads, 2*K_h-1, 2*K_w-1]";
+    if (is_empty(call)) return nullptr;
+    if (!rpb.contiguous()) return "rpb must be contiguous";
+    return call.head_dim == 1 || qkv.stride[5] == 1 ? nullptr : "the last axis of qkv must be dense";
+}
+
+// Contiguous, of the call's sizes.
+void* new_output(const nat_na2d_call& call, int32_t dtype) {
+    const int64_t size[] = {call.batch, call.height, call.width, call.heads, call.head_dim};
+    int64_t stride[5] = {0, 0, 0, 0, 1};
+    for (int i = 3; i >= 0; --i) {
+        // Without elements, axes may be of any length.
+        if (__builtin_mul_overflow(stride[i + 1], size[i + 1] ? size[i + 1] : 1, &stride[i]))
+            refuse("the strides of the output overflow");
+    }
+    void* out;
+    check(torch.empty_strided(5, size, stride, dtype, torch.device_type_cpu(), 0, &out));
+    return out;
 }
 
 // (Tensor qkv [B, H, W, 3, heads, head_dim], Tensor rpb, int kernel_height, kernel_width, dilation_height,
 // dilation_width, float scale) -> Tensor [B, H, W, heads, head_dim]; the result takes the place of the first argument.
+//
+// torch hands over the two handles and never frees them, whether this returns or throws; after a throw it does not look
+// at the stack. So both are owned before anything can throw, and the stack gets the result when nothing can any more.
 void na2d_qkvpacked_inference(uint64_t* stack, uint64_t, uint64_t) {
-    const Tensor qkv(stack[0]), rpb(stack[1]);
+    Tensor qkv(reinterpret_cast<void*>(stack[0])), rpb(reinterpret_cast<void*>(stack[1]));
+    qkv.read();
+    rpb.read();
     nat_na2d_call call = {};
     for (int i = 0; i < 2; ++i) {
         call.kernel[i] = static_cast<int64_t>(stack[2 + i]);
         call.dilation[i] = static_cast<int64_t>(stack[4 + i]);
     }
     memcpy(&call.scale, &stack[6], sizeof call.scale);
+    const auto values = [&] {
+        const auto pair = [](const int64_t* x) { return std::to_string(x[0]) + ", " + std::to_string(x[1]); };
+        return ", got qkv " + qkv.shape() + ", rpb " + rpb.shape() + ", kernel_size (" + pair(call.kernel) +
+               "), dilation (" + pair(call.dilation) + ")";
+    };
+    int64_t bytes = 0;
+    if (const char* rule = fill(call, qkv, rpb, bytes)) refuse(rule + values());
 
-    int64_t bytes;
-    call.dtype = dtype_of(qkv, bytes);
-    const int32_t rpb_dtype = call.dtype == NAT_FLOAT64 ? torch.dtype_float64() : torch.dtype_float32();
-    // The package checks shapes before it calls; whoever calls the operator itself may not have.
-    bool fits = true;
-    for (int i = 0; i < 2; ++i) fits = fits && call.kernel[i] >= 3 && call.kernel[i] % 2 && call.dilation[i] >= 1;
-    fits = fits && qkv.dim == 6 && qkv.size[3] == 3 && (qkv.size[5] == 1 || qkv.stride[5] == 1) && rpb.dim == 3 &&
-           rpb.dtype() == rpb_dtype && rpb.contiguous() && rpb.size[0] == qkv.size[4] &&
-           rpb.size[1] == 2 * call.kernel[0] - 1 && rpb.size[2] == 2 * call.kernel[1] - 1;
-    // A quotient, because the product of any two numbers may overflow.
-    for (int i = 0; i < 2; ++i) fits = fits && call.kernel[i] <= qkv.size[1 + i] / call.dilation[i];
-    if (!fits) throw std::runtime_error("na2d_qkvpacked_inference: arguments that nat_models.na2d would not pass");
-
-    call.batch = qkv.size[0];
-    call.height = qkv.size[1];
-    call.width = qkv.size[2];
-    call.heads = qkv.size[4];
-    call.head_dim = qkv.size[5];
-    nat_tensor* views[] = {&call.query, &call.key, &call.value};
-    for (int i = 0; i < 3; ++i) {
-        views[i]->data = static_cast<char*>(qkv.data) + i * qkv.stride[3] * bytes;
-        memcpy(views[i]->stride, qkv.stride, 3 * sizeof(int64_t));
-        views[i]->stride[3] = qkv.stride[4];
+    Tensor out(new_output(call, qkv.dtype));
+    if (!is_empty(call)) {
+        out.read();
+        nat_tensor* views[] = {&call.query, &call.key, &call.value};
+        for (int i = 0; i < 3; ++i) {
+            // A null, which the kernel refuses, stays one.
+            if (qkv.data) views[i]->data = static_cast<char*>(qkv.data) + i * qkv.stride[3] * bytes;
+            memcpy(views[i]->stride, qkv.stride, 3 * sizeof(int64_t));
+            views[i]->stride[3] = qkv.stride[4];
+        }
+        call.rpb = rpb.data;
+        call.out.data = out.data;
+        memcpy(call.out.stride, out.stride, sizeof call.out.stride);
+        const int32_t status = nat_na2d_forward(&call);
+        if (status == NAT_NO_MEMORY) refuse("no memory for scratch" + values());
+        if (status) refuse("the data of qkv and rpb must be there, and aligned" + values());
     }
-    call.rpb = rpb.data;
-
-    const int64_t size[] = {call.batch, call.height, call.width, call.heads, call.head_dim};
-    int64_t stride[5] = {0, 0, 0, 0, 1};
-    for (int i = 3; i >= 0; --i) stride[i] = stride[i + 1] * (size[i + 1] ? size[i + 1] : 1);
-    void* out;
-    check(torch.empty_strided(5, size, stride, qkv.dtype(), torch.device_type_cpu(), 0, &out));
-    stack[0] = reinterpret_cast<uint64_t>(out);
-    memcpy(call.out.stride, stride, sizeof call.out.stride);
-    check(torch.get_data_ptr(out, &call.out.data));
-    const bool empty = size[0] == 0 || size[3] == 0 || size[4] == 0;
-    const int32_t status = empty ? 0 : nat_na2d_forward(&call);
-    if (status) {
-        torch.delete_tensor_object(out);
-        throw std::runtime_error(status == NAT_NO_MEMORY ? "na2d: no memory for scratch" : "na2d: the kernel failed");
-    }
+    stack[0] = reinterpret_cast<uint64_t>(out.release());
 }
 
 }  // namespace
