@@ -1,4 +1,4 @@
-"""What is made of a network by tracing it: by the TorchScript exporter to ONNX, OpenVINO, or for another process."""
+"""What a network becomes in tracers: the TorchScript exporter to ONNX, OpenVINO, a trace for another process."""
 
 import subprocess
 import sys
