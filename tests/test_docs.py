@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = {
     "README.md": 7,
     "docs/inference.md": 2,
-    "docs/export.md": 2,
+    "docs/export.md": 3,
     "docs/adapting.md": 2,
     "docs/operator.md": 2,
     "docs/benchmarks.md": 0,
