@@ -86,8 +86,9 @@ def na2d_qkvpacked(
     backend = select(request)
     if dropout_p > 0.0 or backend not in KERNELS:
         return _call(backend, *qkv.unbind(3), rpb, window, dropout_p)
-    wants_derivative = requires_grad or request.transformed
-    if backend == "native" and not wants_derivative and rpb is not None and qkv.stride(-1) == 1 and not _jit_tracing():
+    # torch.jit.trace traces with gradients, and checks what it traced without.
+    wants_derivative = requires_grad or request.transformed or request.traced
+    if backend == "native" and not wants_derivative and rpb is not None and qkv.stride(-1) == 1:
         return _call_inference(qkv, native.as_rpb(rpb, qkv.dtype), *window)
     return torch.ops.nat_models.na2d_qkvpacked.default(qkv, rpb, *window)
 
@@ -103,15 +104,11 @@ def _call_inference(
         return operator(qkv, rpb, *args)
 
 
-def _jit_tracing() -> bool:
-    """Whether torch.jit.trace looks on: it traces with gradients and checks what it traced without."""
-    return not torch.compiler.is_compiling() and torch.jit.is_tracing()
-
-
 def _request(x: Tensor, rpb: Tensor | None, window: _Window, requires_grad: bool, dropout_p: float) -> Request:
     """The kind of a call with query or a packed qkv `x`."""
     compiling = torch.compiler.is_compiling()
-    exporting = is_exporting() if compiling else is_converting()
+    traced = not compiling and torch.jit.is_tracing()
+    exporting = is_exporting() if compiling else traced and is_converting()
     return Request(
         x.device,
         x.dtype,
@@ -123,8 +120,9 @@ def _request(x: Tensor, rpb: Tensor | None, window: _Window, requires_grad: bool
         compiling=compiling,
         exporting=exporting,
         transformed=is_transformed(),
+        traced=traced,
         # Tracers and dispatch modes must see one operator (FLOP counters, torch.jit.trace); explain() documents this.
-        observed=not compiling and (torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0),
+        observed=traced or (not compiling and torch._C._len_torch_dispatch_stack() > 0),
         # Comparing a symbolic size would bake the answer into the exported graph.
         empty=not exporting
         and (x.device.type == "meta" or x.numel() == 0 or (not compiling and isinstance(x, FakeTensor))),

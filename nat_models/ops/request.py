@@ -18,6 +18,7 @@ class Request(NamedTuple):
     compiling: bool = False  # torch.compile or torch.export traces the call
     exporting: bool = False  # torch.export does, or torch.jit.trace for an exporter to ONNX or OpenVINO
     transformed: bool = False  # torch.func or forward-mode differentiation works on it
+    traced: bool = False  # torch.jit.trace looks on
     observed: bool = False  # torch.jit.trace or a TorchDispatchMode looks on and must see one operator
     empty: bool = False  # no elements or no data: nothing to compute, the operator knows the result's shape
     stage: str = "call"  # "operator" inside torch.ops.nat_models, "backward" inside its backward

@@ -34,8 +34,8 @@ def is_transformed() -> bool:
 
 
 def is_converting() -> bool:
-    """Whether torch.jit.trace runs for a converter that knows PyTorch's operators alone: torch.onnx's or OpenVINO's."""
-    return torch.jit.is_tracing() and (torch.onnx.is_in_onnx_export() or _openvino_traces())
+    """Whether a torch.jit.trace is for a converter that knows PyTorch's operators alone: torch.onnx's or OpenVINO's."""
+    return torch.onnx.is_in_onnx_export() or _openvino_traces()
 
 
 def _openvino_traces() -> bool:

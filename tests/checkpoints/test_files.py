@@ -94,7 +94,7 @@ def test_arguments_of_argparse_load_as_in_timm_and_what_the_caller_allowed_stays
 def test_a_whole_model_loads_when_its_classes_are_trusted(tmp_path):
     model, path = small_network(), tmp_path / "model.pth"
     torch.save({"ema": model, "epoch": 3}, path)
-    assert "nat_models.networks.nat.NAT" in _refusal(path) and ".state_dict()" in _refusal(path)
+    assert "nat_models.layers.NeighborhoodAttention2d" in _refusal(path) and ".state_dict()" in _refusal(path)
     names = (name.rpartition(".") for name in torch.serialization.get_unsafe_globals_in_checkpoint(path))
     with torch.serialization.safe_globals([getattr(sys.modules[module], name) for module, _, name in names]):
         assert same_tensors(load_file(path), model.state_dict())
