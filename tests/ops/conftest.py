@@ -25,6 +25,8 @@ BACKENDS = [
     "natten_fused",
 ]
 
+needs_native = pytest.mark.skipif(not native.available()[0], reason=f"no kernel: {native.available()[1]}")
+
 
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):

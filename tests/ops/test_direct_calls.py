@@ -12,10 +12,10 @@ from torch.autograd import forward_ad
 
 from nat_models.ops import na2d_qkvpacked, registration, use_backend
 from nat_models.ops.backends import flex, native, reference
+from tests.ops.conftest import needs_native
 
 ROOT = Path(__file__).parents[2]
 OPERATORS = ["na2d", "na2d_backward", "na2d_qkvpacked", "na2d_qkvpacked_backward", "na2d_qkvpacked_inference"]
-needs_native = pytest.mark.skipif(not native.available()[0], reason=f"no kernel: {native.available()[1]}")
 
 
 def _make_random_calls(operators: list[str], examples: int, folder: Path, *library: str, **environment: str) -> None:

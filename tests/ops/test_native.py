@@ -12,8 +12,9 @@ import torch
 
 from nat_models.ops import na2d_qkvpacked
 from nat_models.ops.backends import native, reference
+from tests.ops.conftest import needs_native
 
-pytestmark = pytest.mark.skipif(not native.available()[0], reason=f"no kernel: {native.available()[1]}")
+pytestmark = needs_native
 
 RESULTS = ("output", "grad_query", "grad_key", "grad_value", "grad_rpb")
 

@@ -6,8 +6,7 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from nat_models.ops import na2d, na2d_qkvpacked, use_backend
-from nat_models.ops.backends import native
-from tests.ops.conftest import gradients, make_inputs
+from tests.ops.conftest import gradients, make_inputs, needs_native
 
 
 @pytest.mark.parametrize("with_rpb", [True, False])
@@ -37,7 +36,7 @@ def test_opcheck_of_the_operator_without_gradients(backend):
         (False, True, "nat_models.na2d_qkvpacked"),
     ],
 )
-@pytest.mark.skipif(not native.available()[0], reason="the native kernel was not built")
+@needs_native
 def test_only_a_call_that_wants_no_gradient_runs_without_one(qkv_grad, rpb_grad, operator):
     qkv, rpb = torch.randn(2, 9, 12, 3, 2, 8, requires_grad=qkv_grad), torch.randn(2, 5, 5, requires_grad=rpb_grad)
     with FlopCounterMode(display=False) as counter:

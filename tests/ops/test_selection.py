@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nat_models.ops import BACKENDS, explain, functional, na2d, na2d_qkvpacked, use_backend
 from nat_models.ops.backends import flex, native, natten_fused
 from tests.conftest import needs_torch
+from tests.ops.conftest import needs_native
 
 
 @pytest.fixture
@@ -314,7 +315,7 @@ def test_module_report_follows_the_environment(monkeypatch):
         (dict(exporting=True), "On cpu (float32, with rpb, under torch.export), na2d runs on exportable, chosen"),
     ],
 )
-@pytest.mark.skipif(not native.available()[0], reason="the native kernel was not built")
+@needs_native
 def test_the_first_line_of_a_report_names_the_call_the_backend_and_the_order(kind, line):
     order = "exportable" if "exporting" in kind else "native, blocked, exportable"
     first = explain(**kind).splitlines()[0]
@@ -336,7 +337,7 @@ def test_a_report_lists_every_backend_once_with_its_reason_below_it():
     assert "instruction set" not in "".join(lines)  # native declines
 
 
-@pytest.mark.skipif(not native.available()[0], reason="the native kernel was not built")
+@needs_native
 def test_a_report_says_what_the_kernel_runs_on():
     lines = explain().splitlines()
     below = lines[next(i for i, line in enumerate(lines) if line.startswith("  * native")) + 1]

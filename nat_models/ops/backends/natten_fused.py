@@ -120,9 +120,9 @@ def na2d(
     """Neighborhood attention of checked tensors [B, H, W, num_heads, head_dim]; see `nat_models.na2d`."""
     import natten
 
+    attend = functools.partial(natten.na2d, kernel_size=kernel_size, dilation=dilation, scale=scale)
     if torch.compiler.is_compiling():  # compiled code refuses a second derivative by itself
-        return natten.na2d(query, key, value, kernel_size=kernel_size, dilation=dilation, scale=scale).contiguous()
+        return attend(query, key, value).contiguous()
     grad_output: list[Tensor] = []
-    query, key, value = _Inputs.apply(grad_output, query, key, value)
-    output = natten.na2d(query, key, value, kernel_size=kernel_size, dilation=dilation, scale=scale)
+    output = attend(*_Inputs.apply(grad_output, query, key, value))
     return _Output.apply(grad_output, output).contiguous()
