@@ -7,9 +7,9 @@ from importlib.metadata import version
 
 # Optional packages, by the extra that brings them.
 _EXTRAS = {
-    **dict.fromkeys(("accelerate", "matplotlib", "rich", "yaml"), "train"),
+    **dict.fromkeys(("accelerate", "matplotlib", "rich", "sklearn", "torchmetrics", "yaml"), "train"),
+    **dict.fromkeys(("datasets", "pyarrow"), "tables"),
     **dict.fromkeys(("onnx", "onnx_ir", "onnxruntime", "onnxscript"), "export"),
-    "sklearn": "demo",
     "natten": "natten",
 }
 

@@ -21,10 +21,10 @@ from timm.data import create_transform, resolve_model_data_config
 from nat_models.errors import CheckpointError, UserError
 from nat_models.resources import resource
 from nat_models.training.engine import train
-from nat_models.training.images import ImageFiles
+from nat_models.training.images import ImageSet
 from nat_models.training.report import console
 from nat_models.training.settings import Settings, read_yaml
-from nat_models.training.splits import find_data
+from nat_models.training.splits import read_data
 from nat_models.training.tasks.classification import Classification
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
@@ -49,19 +49,19 @@ def write_digits(folder: Path) -> None:
 
 def draw_predictions(settings: Settings, best: Path, path: Path, count: int = 12) -> None:
     """A picture of `count` held-out digits, spread over the classes, with what the best checkpoint takes them for."""
-    _, held_out, _ = find_data(settings)
-    samples = [held_out[i * len(held_out) // count] for i in range(count)]
+    held_out = read_data(settings.data, val_fraction=settings.val_fraction, seed=settings.seed).parts["val"]
+    chosen = [i * len(held_out) // count for i in range(count)]
     model = timm.create_model(f"local-dir:{best}", pretrained=True).eval()
     data_config = resolve_model_data_config(model)
     labels = model.pretrained_cfg["label_names"]
-    images = ImageFiles(samples, data_config["input_size"][0], create_transform(**data_config))
+    images = ImageSet(held_out.images, held_out.targets, data_config["input_size"][0], create_transform(**data_config))
     with torch.inference_mode():
-        predictions = model(torch.stack([image for image, _ in images])).argmax(dim=1)
+        predictions = model(torch.stack([images[i][0] for i in chosen])).argmax(dim=1)
     figure = Figure(figsize=(9, 5), layout="constrained")
-    for axes, (file, target), prediction in zip(figure.subplots(2, count // 2).flat, samples, predictions, strict=True):
-        axes.imshow(Image.open(file), cmap="gray", vmin=0, vmax=255)
-        title = f"true {labels[target]}\npredicted {labels[prediction]}"
-        axes.set_title(title, color="red" if prediction != target else "black")
+    for axes, i, prediction in zip(figure.subplots(2, count // 2).flat, chosen, predictions, strict=True):
+        axes.imshow(Image.open(held_out.images[i].path), cmap="gray", vmin=0, vmax=255)
+        title = f"true {labels[held_out.targets[i]]}\npredicted {labels[prediction]}"
+        axes.set_title(title, color="red" if prediction != held_out.targets[i] else "black")
         axes.axis("off")
     figure.suptitle(f"{count} of {len(held_out)} held-out digits")
     figure.savefig(path, format="png", dpi=120)

@@ -32,11 +32,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if not args.output.parent.is_dir():  # better known now than after an hour
         raise UserError(f"There is no folder {args.output.parent} for the output.")
-    files = list_images(args.data)
+    images = list_images(args.data)
     extract(
         model_from_flags(args, num_classes=0),
-        args.data,
-        files,
+        images,
         args.output,
         name=args.model,
         img_size=args.img_size,

@@ -15,7 +15,7 @@ from timm.data.model_config import resolve_input_data_config
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .images import ImageFiles, make_loader, read_batches
+from .images import Encoded, ImageSet, make_loader, read_batches
 from .report import console, track
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,8 +24,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 @torch.inference_mode()
 def extract(
     model: nn.Module,
-    folder: Path,
-    files: Sequence[Path],
+    images: Sequence[Encoded],
     output: Path,
     *,
     name: str,
@@ -38,13 +37,12 @@ def extract(
 ) -> Tensor:
     """Computes the features, [N, num_features] in float32, writes them to `output` and returns them.
 
-    The file holds "features", and as metadata "files" (a JSON list of N paths relative to `folder`, sorted), "model"
+    The file holds "features", and as metadata "files" (a JSON list of their N names), "model"
     and "preprocessing" (JSON).
 
     Args:
         model: A timm model; put into eval mode on `device`.
-        folder: What the paths in the metadata are relative to.
-        files: The images.
+        images: The images.
         output: The file to write.
         name: What the metadata call the model.
         img_size: Height and width; None means the model's.
@@ -60,9 +58,8 @@ def extract(
     device = torch.device(device)
     model = model.to(device).eval()
     data_config = resolve_input_data_config(model, dict(img_size=img_size))
-    samples = [(file, i) for i, file in enumerate(files)]
-    images = ImageFiles(samples, data_config["input_size"][0], create_transform(**data_config))
-    loader = make_loader(images, batch_size, workers)
+    image_set = ImageSet(images, None, data_config["input_size"][0], create_transform(**data_config))
+    loader = make_loader(image_set, batch_size, workers)
     dtype = PRECISIONS[precision]
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
     started = time.perf_counter()
@@ -73,11 +70,11 @@ def extract(
         features.append(pooled.float().cpu())
         kept += indices.tolist()
     if not kept:
-        raise UserError(f"None of the {len(files)} images in {folder} can be read.")
+        raise UserError(f"None of the {len(images)} images can be read.")
     features = torch.cat(features)
 
     metadata = dict(
-        files=json.dumps([files[i].relative_to(folder).as_posix() for i in kept]),
+        files=json.dumps([images[i].name for i in kept]),
         model=name,
         preprocessing=json.dumps(data_config),
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from PIL import Image
 from timm.data.readers.reader_image_folder import find_images_and_targets
@@ -11,40 +12,80 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from ..errors import UserError
 
 
-def list_images(folder: Path) -> list[Path]:
+class Encoded(Protocol):
+    """An encoded image, wherever it lies: in a file, a shard or a row of a table.
+
+    Attributes:
+        name: What reports and feature files call it: its path relative to the data, with slashes.
+        path: The file that holds it.
+    """
+
+    name: str
+    path: str
+
+    def open(self) -> BinaryIO:
+        """Its bytes."""
+
+
+class ImageFile(NamedTuple):
+    """An image that is a file of its own."""
+
+    name: str
+    path: str
+
+    def open(self) -> BinaryIO:
+        return open(self.path, "rb")
+
+
+def list_images(folder: Path) -> list[ImageFile]:
     """All images below a folder, ordered by their path alone: no file system and no locale has a say."""
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}.")
     files = [Path(file) for file, _ in find_images_and_targets(str(folder))[0]]
     if not files:
         raise UserError(f"There are no images in {folder}.")
-    return sorted(files, key=lambda file: file.relative_to(folder).as_posix())
+    return sorted(ImageFile(file.relative_to(folder).as_posix(), str(file)) for file in files)
 
 
-class ImageFiles(Dataset):
-    """(image, target) of listed files. An unreadable one is an error that names it, where timm's ImageDataset would
-    hand out its neighbour instead: a score over stand-ins is wrong."""
+def decode(image: Encoded, in_chans: int) -> Image.Image:
+    """The image in mode L for one channel, RGB for three.
 
-    def __init__(self, samples: Sequence[tuple[Path, int]], in_chans: int, transform: Callable):
-        self.samples, self.mode, self.transform = samples, "L" if in_chans == 1 else "RGB", transform
+    Raises:
+        UserError: It cannot be read; the message names it.
+    """
+    try:
+        with image.open() as file, Image.open(file) as opened:
+            return opened.convert("L" if in_chans == 1 else "RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise UserError(f"{image.path} cannot be read as an image: {e}") from None
+
+
+class ImageSet(Dataset):
+    """(image, target) of listed images. An unreadable one is an error that names it, where timm's ImageDataset would
+    hand out its neighbour instead: a score over stand-ins is wrong.
+
+    Args:
+        images: Where the images are.
+        targets: What is learnt of each; None gives the image's index.
+        in_chans: 1 decodes to grey, 3 to RGB.
+        transform: Takes the decoded image.
+    """
+
+    def __init__(self, images: Sequence[Encoded], targets: Sequence | None, in_chans: int, transform: Callable):
+        self.images, self.targets, self.in_chans, self.transform = images, targets, in_chans, transform
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path, target = self.samples[index]
-        try:
-            with Image.open(path) as image:
-                image = image.convert(self.mode)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-            raise UserError(f"{path} cannot be read as an image: {e}") from None
-        return self.transform(image), target
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        image = decode(self.images[index], self.in_chans)
+        return self.transform(image), index if self.targets is None else self.targets[index]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int] | UserError]:
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Any] | UserError]:
         """What a DataLoader makes a batch of. An error is a value here: a DataLoader would raise another one in the
         main process, with the traceback of its worker for a message."""
 
-        def read(index: int) -> tuple[Tensor, int] | UserError:
+        def read(index: int) -> tuple[Tensor, Any] | UserError:
             try:
                 return self[index]
             except UserError as e:
@@ -58,7 +99,7 @@ def _collate(items: list) -> tuple[list[Tensor] | None, list[UserError]]:
     return default_collate(readable) if readable else None, [item for item in items if isinstance(item, UserError)]
 
 
-def make_loader(images: ImageFiles, batch_size: int, workers: int = 0, **kwargs) -> DataLoader:
+def make_loader(images: ImageSet, batch_size: int, workers: int = 0, **kwargs) -> DataLoader:
     """A loader whose batches `read_batches` takes; accelerate may prepare it. `kwargs` go to DataLoader."""
     return DataLoader(images, batch_size, num_workers=workers, collate_fn=_collate, **kwargs)
 

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from .images import ImageFiles
+from .images import ImageSet
 
 
 class Task(Protocol):
@@ -32,7 +32,7 @@ class Task(Protocol):
         """The network, random where `initial_weights` is False: a run that goes on has weights of its own, and the
         initial checkpoint may no longer exist."""
 
-    def make_datasets(self, network: nn.Module) -> tuple[ImageFiles, ImageFiles]:
+    def make_datasets(self, network: nn.Module) -> tuple[ImageSet, ImageSet]:
         """The images to train on, augmented, and those to validate on."""
 
     def losses(self, model: nn.Module, batch: list[Tensor]) -> dict[str, Tensor]:

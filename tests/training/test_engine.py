@@ -20,8 +20,8 @@ from timm.utils import ModelEmaV3
 from nat_models.cli import main
 from nat_models.errors import UserError
 from nat_models.training.engine import evaluate
-from nat_models.training.images import ImageFiles, make_loader
-from nat_models.training.splits import find_data
+from nat_models.training.images import ImageSet, make_loader
+from nat_models.training.splits import read_data
 from nat_models.training.tasks.classification import Classification
 from tests.training.conftest import TIMING, fit, make_settings, same_course, summary
 
@@ -64,8 +64,8 @@ def test_a_saved_folder_restores_logits_labels_and_preprocessing(data, tmp_path,
     assert data_config["crop_pct"] == 0.9
     assert len(data_config["mean"]) == in_chans
 
-    _, val, _ = find_data(cfg)
-    loader = make_loader(ImageFiles(val, in_chans, create_transform(**data_config)), batch_size=8)
+    val = read_data(cfg.data, val_fraction=cfg.val_fraction, seed=cfg.seed).parts["val"]
+    loader = make_loader(ImageSet(val.images, val.targets, in_chans, create_transform(**data_config)), batch_size=8)
     metrics = evaluate(Classification(cfg), model, loader, Accelerator())
     assert metrics["images"] == len(val)
     assert metrics["val_loss"] == pytest.approx(rows[-1]["val_loss"], rel=1e-6)
@@ -177,9 +177,11 @@ def test_two_processes_count_each_validation_image_once(data, tmp_path):
     assert "in 2 processes" in done.stdout
     row = summary(tmp_path / "o")[0]
     model = timm.create_model(f"local-dir:{tmp_path / 'o' / 'last'}", pretrained=True)
-    _, val, _ = find_data(cfg)
+    val = read_data(cfg.data, val_fraction=cfg.val_fraction, seed=cfg.seed).parts["val"]
     assert len(val) == 13
-    loader = make_loader(ImageFiles(val, 3, create_transform(**resolve_model_data_config(model))), batch_size=13)
+    loader = make_loader(
+        ImageSet(val.images, val.targets, 3, create_transform(**resolve_model_data_config(model))), batch_size=13
+    )
     metrics = evaluate(Classification(cfg), model, loader, Accelerator())
     assert float(row["val_loss"]) == pytest.approx(metrics["val_loss"], rel=1e-5)  # another order of float32 sums
     assert float(row["top1"]) == pytest.approx(metrics["top1"])

@@ -9,7 +9,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from nat_models.cli import main
 from nat_models.errors import CheckpointError, UserError
-from nat_models.training.images import ImageFiles, make_loader, read_batches
+from nat_models.training.images import ImageFile, ImageSet, make_loader, read_batches
 from tests.training.conftest import make_settings
 
 
@@ -26,8 +26,9 @@ def test_an_unreadable_image_is_an_error_that_names_it(data, tmp_path, capsys):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_image_leaves_its_worker_as_the_very_error(data, tmp_path, workers):
     (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    samples = [(data / "red" / "0.png", 0), (tmp_path / "torn.png", 1), (data / "red" / "1.png", 2)]
-    loader = make_loader(ImageFiles(samples, 3, pil_to_tensor), 2, workers)
+    paths = [data / "red" / "0.png", tmp_path / "torn.png", data / "red" / "1.png"]
+    images = [ImageFile(path.name, str(path)) for path in paths]
+    loader = make_loader(ImageSet(images, [0, 1, 2], 3, pil_to_tensor), 2, workers)
     with pytest.raises(UserError) as raised:
         list(read_batches(loader))
     assert str(raised.value).startswith(f"{tmp_path / 'torn.png'} cannot be read")

@@ -6,10 +6,10 @@ from timm.data import Mixup, create_transform
 from timm.data.model_config import resolve_input_data_config
 from torch import Tensor, nn
 
-from ..images import ImageFiles
+from ..images import ImageSet
 from ..models import make_model
 from ..settings import Settings
-from ..splits import find_data
+from ..splits import read_data
 
 
 class Classification:
@@ -27,8 +27,9 @@ class Classification:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.train_samples, self.val_samples, self.names = find_data(settings)
-        self.sizes = len(self.train_samples), len(self.val_samples)
+        data = read_data(settings.data, val_fraction=settings.val_fraction, seed=settings.seed)
+        self.train, self.val, self.names = data.parts["train"], data.parts["val"], data.names
+        self.sizes = len(self.train), len(self.val)
         self.about = f"{len(self.names)} classes"
         self.model_config = dict(label_names=self.names)
         self.mixup = None
@@ -43,7 +44,7 @@ class Classification:
         kwargs = {name: getattr(s, name) for name in names}
         return make_model(s.model, num_classes=len(self.names), **kwargs, **weights)
 
-    def make_datasets(self, network: nn.Module) -> tuple[ImageFiles, ImageFiles]:
+    def make_datasets(self, network: nn.Module) -> tuple[ImageSet, ImageSet]:
         s = self.settings
         preprocessing = {k: getattr(s, k) for k in ("img_size", "crop_pct", "interpolation", "mean", "std")}
         self.data_config = resolve_input_data_config(network, preprocessing)
@@ -52,8 +53,9 @@ class Classification:
             **self.data_config, is_training=True, re_prob=s.reprob, re_mode="pixel", **augmentation
         )
         in_chans = self.data_config["input_size"][0]
-        train_set = ImageFiles(self.train_samples, in_chans, augment)
-        return train_set, ImageFiles(self.val_samples, in_chans, create_transform(**self.data_config))
+        train_set = ImageSet(self.train.images, self.train.targets, in_chans, augment)
+        evaluate = create_transform(**self.data_config)
+        return train_set, ImageSet(self.val.images, self.val.targets, in_chans, evaluate)
 
     def losses(self, model: nn.Module, batch: list[Tensor]) -> dict[str, Tensor]:
         images, target = batch
