@@ -6,12 +6,14 @@ declares its flags and `run(args)` runs it.
 
 import argparse
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from . import __version__
-from .errors import CheckpointError, UserError, missing_extra, unknown
+from .errors import CheckpointError, Stopped, UserError, missing_extra, unknown
 
 COMMANDS = {
     "train": "fine-tune or train a model on a folder of images",
@@ -61,12 +63,21 @@ def parse(argv: Sequence[str]) -> tuple[Callable[[argparse.Namespace], None], ar
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code, 2 for an error that the caller can mend."""
+    """Runs a command; returns the exit code: 2 for an error that the caller can mend, 128 + N after signal N."""
     try:
         run, args = parse(sys.argv[1:] if argv is None else argv)
         run(args)
     except (UserError, CheckpointError) as e:
         error = e
+    except Stopped as e:
+        print(e, file=sys.stderr)
+        return 128 + e.signal
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # whoever read our output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at exit
+        return 128 + signal.SIGPIPE
     except ModuleNotFoundError as e:
         if (error := missing_extra(e)) is None:
             raise

@@ -18,6 +18,22 @@ class UserError(Exception):
     """Something the caller can mend."""
 
 
+class Stopped(Exception):
+    """A program was told to stop and did so in good order.
+
+    Args:
+        message: How to go on.
+        signal: The number of the signal; a shell's exit code for it is 128 more.
+    """
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message, signal)
+        self.message, self.signal = message, signal
+
+    def __str__(self) -> str:
+        return self.message
+
+
 class CheckpointError(RuntimeError):
     """Weights could not be found, read or fitted to the model; the message says what was found and expected."""
 

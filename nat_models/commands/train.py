@@ -1,4 +1,4 @@
-"""Fine-tunes a timm model on a folder of images.
+"""Fine-tunes or trains a timm model on your images.
 
     nat-models train --data DIR --config finetune [flags, which win over the YAML file]
 
@@ -20,9 +20,15 @@ from ..training import settings
 from ..training.engine import train
 from ..training.tasks.classification import Classification
 
-add_flags = settings.add_flags
+TASKS = {"classify": Classification}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--task", choices=TASKS, default="classify", help="what is learnt")
+    settings.add_flags(parser, Classification.Settings)
 
 
 def run(args: argparse.Namespace) -> None:
-    values, resume = settings.from_flags(args)
-    train(values, Classification(values), resume)
+    task = TASKS[args.task]
+    values, resume = settings.from_flags(args, task.Settings)
+    train(values, task(values), resume)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
+import torch
 from PIL import Image
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch import Tensor
@@ -71,13 +72,26 @@ class ImageSet(Dataset):
         transform: Takes the decoded image.
     """
 
-    def __init__(self, images: Sequence[Encoded], targets: Sequence | None, in_chans: int, transform: Callable):
+    def __init__(
+        self,
+        images: Sequence[Encoded],
+        targets: Sequence | None,
+        in_chans: int,
+        transform: Callable,
+        seed: int | None = None,
+    ):
         self.images, self.targets, self.in_chans, self.transform = images, targets, in_chans, transform
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        if isinstance(index, tuple):
+            import random
+
+            torch.manual_seed(hash((1, *index)))
+            random.seed(hash((1, *index)))
+            index = index[1]
         image = decode(self.images[index], self.in_chans)
         return self.transform(image), index if self.targets is None else self.targets[index]
 

@@ -1,50 +1,180 @@
-"""What a run shows: its lines and progress, and the files that users read."""
+"""What a run shows: its lines and progress, where its time went, and the files that users read."""
 
 import csv
+import importlib.util
 import io
 import shutil
-from collections.abc import Iterable, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from accelerate.utils import LoggerType
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
-from rich.progress import track as rich_track
-from timm.models import save_for_hf
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
+from ..errors import UserError
 from .run_state import swap_folder, write_atomically
+from .settings import Settings
 from .task import Task
 
 console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)  # paths are printed as they are
+PLAIN_SECONDS = 60.0
 
 
-def track(loader: Iterable, description: str, shown: bool = True) -> Iterable:
-    """The batches of a loader, with a line of progress on a terminal."""
-    hidden = not (shown and console.is_terminal and description)
-    return rich_track(loader, description, total=len(loader), console=console, transient=True, disable=hidden)
+def track(
+    loader: Iterable,
+    description: str,
+    shown: bool = True,
+    *,
+    done: int = 0,
+    total: int | None = None,
+    status: Callable[[], str] = str,
+) -> Iterator:
+    """The batches of a loader, with a line of progress on a terminal; elsewhere a plain line every minute.
+
+    Args:
+        loader: What is iterated over.
+        description: At the line's start; without one nothing is shown.
+        shown: False shows nothing.
+        done: Batches that were done before.
+        total: Batches in all; None means the loader's length.
+        status: Gives the line's end, such as the loss.
+    """
+    total = len(loader) if total is None else total
+    if not (shown and description):
+        yield from loader
+    elif console.is_terminal:
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+        with Progress(*columns, TextColumn("{task.fields[status]}"), console=console, transient=True) as progress:
+            task = progress.add_task(description, total=total, completed=done, status="")
+            for item in loader:
+                yield item
+                progress.update(task, advance=1, status=status())
+    else:
+        told = time.monotonic()
+        for item in loader:
+            yield item
+            done += 1
+            if time.monotonic() - told >= PLAIN_SECONDS:
+                told = time.monotonic()
+                console.print(f"{description}, step {done} of {total}  {status()}".rstrip())
+
+
+class Clock:
+    """Adds up what the parts of a run take. On an accelerator this makes each part wait for the device, so it is off
+    unless asked for.
+
+    Args:
+        on: Whether anything is measured.
+        device: What computes.
+    """
+
+    def __init__(self, on: bool, device: torch.device):
+        self.on, self.device, self.seconds = on, device, Counter()
+        self.started = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        if not self.on:
+            yield
+            return
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize()
+            self.seconds[part] += time.perf_counter() - started
+
+    def each(self, part: str, items: Iterable) -> Iterator:
+        """The items, and what waiting for them took."""
+        iterator = iter(items)
+        while True:
+            with self(part):
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
+
+    def __str__(self) -> str:
+        whole = time.perf_counter() - self.started
+        parts = [*self.seconds.most_common(), ("other", whole - self.seconds.total())]
+        return "time: " + ", ".join(f"{part} {seconds:.1f} s ({seconds / whole:.1%})" for part, seconds in parts)
+
+
+def tracker_names(trackers: str) -> list[str]:
+    """The names by which accelerate knows what to log to."""
+    if trackers == "none":
+        return []
+    installed = importlib.util.find_spec
+    if trackers == "auto":
+        return ["tensorboard"] if installed("tensorboard") else []
+    names = [name.strip() for name in trackers.split(",")]
+    for name in names:
+        if name not in LoggerType.list() or name == "all":
+            raise UserError(f"trackers must be auto, none, or names such as tensorboard,wandb; got {trackers!r}.")
+        if not installed(name):
+            raise UserError(f"The tracker {name} is not installed: pip install {name}")
+    return names
+
+
+def deciding_metric(settings: Settings, task: Task) -> str:
+    """The metric that decides which epoch is best.
+
+    Raises:
+        UserError: The task has no metric of that name.
+    """
+    if settings.metric is not None and settings.metric not in task.figures:
+        raise UserError(f"metric must be one of {', '.join(task.figures)}; got {settings.metric!r}.")
+    return settings.metric or task.metric
 
 
 def best_row(rows: Sequence[dict], task: Task) -> dict:
-    """The epoch of the best result, the earliest of equal ones."""
-    return max(rows, key=lambda row: (row[task.metric], -row["val_loss"], -row["epoch"]))
+    """The epoch of the best result; of equal ones that with the lowest val_loss, then the earliest."""
+    metric = deciding_metric(task.settings, task)
+    sign = 1 if task.figures[metric] else -1
+    return max(rows, key=lambda row: (sign * row[metric], -row["val_loss"], -row["epoch"]))
 
 
-def publish(output: Path, rows: Sequence[dict], network: nn.Module, task: Task) -> None:
+def is_published(output: Path, rows: Sequence[dict]) -> bool:
+    """Whether `publish` has written these rows: it writes their table last."""
+    path = output / "summary.csv"
+    return path.is_file() and len(path.read_text().splitlines()) == len(rows) + 1
+
+
+def publish(output: Path, rows: Sequence[dict], network: nn.Module, task: Task, state_dict: dict | None = None) -> None:
     """Writes what users read; nothing but rows and weights goes in, so it can be done again after a kill."""
     targets = ["last", "best"] if best_row(rows, task) is rows[-1] else ["last"]
-    configs = dict(model_config=task.model_config, data_config=task.data_config)
     for target in targets:
-        temporary = output / f"{target}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        save_for_hf(network, temporary, safe_serialization=True, **configs)
-        swap_folder(temporary, output / target)
+        save_weights(output / target, rows, network, task, state_dict)
+    write_atomically(output / "curve.png", plot(rows, task.panels))
     table = io.StringIO()
     writer = csv.DictWriter(table, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(output / "summary.csv", table.getvalue())
-    write_atomically(output / "curve.png", plot(rows, task.panels))
+
+
+def save_weights(folder: Path, rows: Sequence[dict], network: nn.Module, task: Task, state_dict: dict | None) -> None:
+    """A folder of weights that is whole or absent."""
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    task.save(network, temporary, rows, state_dict)
+    swap_folder(temporary, folder)
+
+
+def keep_newest(folder: Path, kind: str, count: int) -> None:
+    """Deletes all kept weights of a kind but the newest; their names end in a number that grows."""
+    for old in sorted(folder.glob(f"{kind}-*[0-9]"))[:-count]:
+        shutil.rmtree(old)
 
 
 def plot(rows: Sequence[dict], panels: Sequence[tuple[str, Sequence[str]]]) -> bytes:

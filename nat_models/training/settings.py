@@ -2,10 +2,13 @@
 
 import argparse
 import json
+import math
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -20,15 +23,23 @@ def option(default, help: str):
 
 @dataclass(frozen=True)
 class Settings:
-    """Every setting: a key of the YAML file and, with dashes, a flag."""
+    """Every setting that the engine knows: a key of the YAML file and, with dashes, a flag. A task's settings are a
+    subclass with what is its own."""
 
-    data: str = option("", "folder of images, required")
+    data: str = option("", "images and labels: a folder, a table or shards; required")
     output: str = option("output", "folder for everything that is written")
-    val_fraction: float = option(0.1, "part of each class that is held out where there is no val/")
+    val_fraction: float = option(0.1, "part of each class that is held out where there are no validation images")
+    image_column: str | None = option(None, "of a table: where the images are; none: by the usual names")
+    label_column: str | None = option(None, "of a table: the label or labels; none: by the usual names")
+    split_column: str | None = option(None, "of a table: train, val or test; none: by the usual names")
+    verify: str = option("headers", "what is checked of every image first: none, headers or full (decodes all)")
+    skip_unreadable: bool = option(False, "leave out images that cannot be read, and count them")
+    unreadable_limit: float = option(0.01, "greatest part of the images that may be left out")
     seed: int = option(0, "of the split, the initial weights, the order and the augmentation")
     workers: int = option(4, "processes that load images, per training process")
+    persistent_workers: bool = option(True, "keep them from epoch to epoch")
 
-    model: str = option("nat_mini", "timm name, or local-dir:FOLDER")
+    model: str = option("nat_mini", "timm name, or a folder that a run wrote")
     pretrained: bool = option(False, "start from the published weights")
     checkpoint: str | None = option(None, "start from this weights file")
     model_kwargs: dict = field(default_factory=dict, metadata=dict(help="more arguments of the model, as key=value"))
@@ -39,12 +50,16 @@ class Settings:
     interpolation: str | None = option(None, "bilinear, bicubic, ...; none: the model's")
     mean: tuple[float, ...] | None = option(None, "subtracted from each channel; none: the model's")
     std: tuple[float, ...] | None = option(None, "each channel is divided by it; none: the model's")
+    freeze: str | None = option(None, "what is not trained: stem, stem..level2, backbone (a linear probe)")
+    head_only_epochs: int = option(0, "epochs in which the head alone is trained, before the rest joins in")
 
     epochs: int = option(30, "length of the schedule")
     warmup_epochs: int = option(3, "epochs of linear warm-up, part of the schedule")
     cooldown_epochs: int = option(0, "epochs at min_lr after the schedule")
     batch_size: int = option(64, "images per process and step")
     grad_accum: int = option(1, "steps per update")
+    global_batch_size: int | None = option(None, "images per update, over all processes and steps: sets grad_accum")
+    auto_batch_size: bool = option(False, "halve batch_size, and double grad_accum, until a step fits in the memory")
     opt: str = option("adamw", "timm's name of the optimizer")
     lr: float = option(5e-4, "peak learning rate, for the whole batch as it is: nothing is scaled")
     warmup_lr: float = option(1e-6, "learning rate of the first update")
@@ -54,44 +69,70 @@ class Settings:
     clip_grad: float | None = option(None, "largest norm of the gradient")
     ema_decay: float | None = option(None, "average the weights; the average is then evaluated and saved")
     mixed_precision: str = option("no", "no, bf16 or fp16")
+    compile: bool = option(False, "torch.compile the network for training")
+    channels_last: bool = option(False, "keep convolutions' weights and images channels-last in memory")
+    grad_checkpointing: bool = option(False, "compute activations again in the backward pass: less memory, more time")
 
-    smoothing: float = option(0.1, "label smoothing")
-    mixup: float = option(0.0, "alpha of mixup, 0: off")
-    cutmix: float = option(0.0, "alpha of cutmix, 0: off")
-    auto_augment: str | None = option(None, "timm's notation, such as rand-m9-mstd0.5-inc1; replaces color_jitter")
-    scale: tuple[float, ...] = option((0.08, 1.0), "least and greatest part of the image's area in a random crop")
-    ratio: tuple[float, ...] = option((3 / 4, 4 / 3), "least and greatest aspect ratio of a random crop")
-    hflip: float = option(0.5, "probability of a mirror image")
-    color_jitter: float | None = option(None, "of brightness, contrast and saturation")
-    reprob: float = option(0.0, "probability of erasing a random rectangle")
+    metric: str | None = option(None, "decides which epoch is best; none: the task's")
+    patience: int | None = option(None, "stop after this many epochs without a better one")
+    save_every_steps: int | None = option(None, "updates between two states that --resume can take, within an epoch")
+    save_every_minutes: float | None = option(15.0, "minutes between two such states; none: at the end of an epoch")
+    keep_every_epochs: int | None = option(None, "keep the weights of every so many epochs, in kept/")
+    keep_every_steps: int | None = option(None, "keep the weights of every so many updates, in kept/")
+    keep_newest: int | None = option(None, "of what is kept, delete all but this many")
+    trackers: str = option("auto", "auto (tensorboard where it is installed), none, or names: tensorboard,wandb")
+    profile: bool = option(False, "print where the time went: data, model, evaluation, saving, logging")
+
+    @classmethod
+    def rules(cls) -> dict[str, tuple[Callable[[Any], bool], str]]:
+        """For each setting that has one, a rule its value must satisfy, and the rule in words after "must"."""
+        positive = (lambda x: x is None or x >= 1, "be at least 1")
+        fraction = (lambda x: 0 < x < 1, "lie between 0 and 1")
+        return {
+            "data": (lambda x: x != "", "name images: a folder, a table or shards"),
+            "val_fraction": fraction,
+            "verify": (lambda x: x in ("none", "headers", "full"), "be none, headers or full"),
+            "unreadable_limit": (lambda x: 0 <= x <= 1, "lie between 0 and 1"),
+            "seed": (lambda x: 0 <= x < 2**32, "lie between 0 and 2^32 - 1"),
+            "workers": (lambda x: x >= 0, "be at least 0"),
+            "in_chans": (lambda x: x in (None, 1, 3), "be 1 (grey) or 3 (RGB)"),
+            "img_size": positive,
+            "head_only_epochs": (lambda x: x >= 0, "be at least 0"),
+            "epochs": positive,
+            "cooldown_epochs": (lambda x: x >= 0, "be at least 0"),
+            "batch_size": positive,
+            "grad_accum": positive,
+            "global_batch_size": positive,
+            "lr": (lambda x: x > 0, "be above 0"),
+            "clip_grad": (lambda x: x is None or x > 0, "be above 0"),
+            "ema_decay": (lambda x: x is None or 0 < x < 1, "lie between 0 and 1"),
+            "mixed_precision": (lambda x: x in ("no", "bf16", "fp16"), "be no, bf16 or fp16"),
+            "patience": positive,
+            "save_every_steps": positive,
+            "save_every_minutes": (lambda x: x is None or x > 0, "be above 0"),
+            "keep_every_epochs": positive,
+            "keep_every_steps": positive,
+            "keep_newest": positive,
+        }
 
     def __post_init__(self):
-        types_ = typing.get_type_hints(Settings)
+        types_ = typing.get_type_hints(type(self))
         for f in fields(self):
             object.__setattr__(self, f.name, _convert(f.name, getattr(self, f.name), types_[f.name]))
-        rules = {
-            "data": (self.data != "", "name a folder of images"),
-            "val_fraction": (0 < self.val_fraction < 1, "lie between 0 and 1"),
-            "in_chans": (self.in_chans in (None, 1, 3), "be 1 (grey) or 3 (RGB)"),
-            "epochs": (self.epochs >= 1, "be at least 1"),
-            "warmup_epochs": (0 <= self.warmup_epochs < self.epochs, f"be below epochs, {self.epochs}"),
-            "batch_size": (self.batch_size >= 1, "be at least 1"),
-            "grad_accum": (self.grad_accum >= 1, "be at least 1"),
-            "mixed_precision": (self.mixed_precision in ("no", "bf16", "fp16"), "be no, bf16 or fp16"),
-            "ema_decay": (self.ema_decay is None or 0 < self.ema_decay < 1, "lie between 0 and 1"),
-            "scale": (len(self.scale) == 2, "have two values"),
-            "ratio": (len(self.ratio) == 2, "have two values"),
-        }
-        for name, (holds, rule) in rules.items():
-            if not holds:
-                raise UserError(f"{name} must {rule}, got {getattr(self, name)!r}.")
-        # Mixup pairs the first image of a batch with the last, and so on.
-        if (self.mixup or self.cutmix) and self.batch_size % 2:
-            raise UserError(f"batch_size must be even with mixup or cutmix, got {self.batch_size}.")
+        for name, (holds, rule) in self.rules().items():
+            if not holds(value := getattr(self, name)):
+                raise UserError(f"{name} must {rule}, got {value!r}.")
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise UserError(f"warmup_epochs must be below epochs, {self.epochs}, got {self.warmup_epochs!r}.")
 
     def plain(self) -> dict:
         """The settings as a YAML file has them: with lists for tuples."""
         return json.loads(json.dumps(asdict(self)))
+
+
+# Settings that a run may change when it is resumed: they say where things are and what is shown, and leave its course.
+FREE = {"data", "output", "workers", "persistent_workers", "verify", "save_every_steps", "save_every_minutes"}
+FREE |= {"keep_every_epochs", "keep_every_steps", "keep_newest", "trackers", "profile"}
 
 
 def _convert(name: str, value, wanted):
@@ -100,27 +141,38 @@ def _convert(name: str, value, wanted):
         if value is None or value == "none":
             return None
         wanted = next(t for t in typing.get_args(wanted) if t is not types.NoneType)
+    if wanted is str and value is False:
+        value = "no"  # what YAML makes of a bare no
     try:
         if wanted is bool or wanted is dict:
             if isinstance(value, wanted):
                 return value
         elif typing.get_origin(wanted) is tuple:
-            return tuple(float(x) for x in ([value] if isinstance(value, (int, float)) else value))
+            return tuple(_finite(float(x)) for x in ([value] if isinstance(value, (int, float)) else value))
         elif value is not None and not isinstance(value, (bool, dict, list)):
-            return wanted(str(value))
+            return _finite(wanted(str(value)))
     except (TypeError, ValueError):
         pass
     raise UserError(f"{name} must be of type {getattr(wanted, '__name__', wanted)}, got {value!r}.")
 
 
-def read_yaml(path: Path) -> dict:
+def _finite(value):
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+def read_yaml(path: Path, schema: type[Settings] = Settings) -> dict:
     """What a YAML file says of the settings, its keys checked."""
     if not path.is_file():
         raise UserError(f"There is no config file {path}.")
-    values = yaml.safe_load(path.read_text()) or {}
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} is no YAML: {' '.join(str(e).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values, got {values!r}.")
-    known = [f.name for f in fields(Settings)]
+    known = [f.name for f in fields(schema)]
     for name in values:
         if name not in known:
             raise unknown(f"key in {path}:", str(name), known)
@@ -138,15 +190,20 @@ def find_recipe(name: str) -> Path:
     return recipes[name]
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """A flag for every setting, and --config and --resume."""
+def add_flags(parser: argparse.ArgumentParser, schema: type[Settings] = Settings) -> None:
+    """A flag for every setting, and --config, --resume and its companions."""
     parser.add_argument("--config", metavar="NAME", help="a recipe (finetune), or a YAML file of settings")
     parser.add_argument("--resume", action="store_true", help="continue the run in --output, or start it")
-    wanted = typing.get_type_hints(Settings)
-    for f in fields(Settings):
+    parser.add_argument("--extend-epochs", type=int, metavar="N", help="with --resume: make the run N epochs long")
+    parser.add_argument(
+        "--accept-versions", action="store_true", help="with --resume: go on with other versions of what it runs on"
+    )
+    wanted = typing.get_type_hints(schema)
+    for f in fields(schema):
         kwargs = dict(default=argparse.SUPPRESS, help=f.metadata["help"])
         if f.default not in (MISSING, None, ""):
-            kwargs["help"] += f" ({f.default})".replace("%", "%%")
+            kwargs["help"] += f" ({f.default})"
+        kwargs["help"] = kwargs["help"].replace("%", "%%")
         if wanted[f.name] is bool:
             kwargs["action"] = argparse.BooleanOptionalAction
         elif wanted[f.name] is dict:
@@ -158,19 +215,33 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{f.name.replace('_', '-')}", **kwargs)
 
 
-def from_flags(args: argparse.Namespace) -> tuple[Settings, bool]:
+@dataclass(frozen=True)
+class Resume:
+    """How a run that may have begun already is gone on with."""
+
+    wanted: bool = False
+    extend_epochs: int | None = None
+    accept_versions: bool = False
+
+    def __bool__(self) -> bool:
+        return self.wanted
+
+
+def from_flags(args: argparse.Namespace, schema: type[Settings] = Settings) -> tuple[Settings, Resume]:
     """Settings from defaults, then config.yaml of the run to resume, then --config, then flags; and --resume itself."""
-    flags = dict(vars(args))
-    config, resume = flags.pop("config"), flags.pop("resume")
+    flags = {name: value for name, value in vars(args).items() if name in {f.name for f in fields(schema)}}
+    resume = Resume(args.resume, args.extend_epochs, args.accept_versions)
+    if not resume and (resume.extend_epochs is not None or resume.accept_versions):
+        raise UserError("--extend-epochs and --accept-versions go with --resume.")
     if "model_kwargs" in flags:
         flags["model_kwargs"] = parse_model_kwargs(flags["model_kwargs"])
-    layers = [{} if config is None else read_yaml(find_recipe(config)), flags]
-    output = {"output": Settings.output, **layers[0], **flags}["output"]
-    if resume and (saved := Path(output) / "config.yaml").is_file():
-        layers.insert(0, read_yaml(saved))
+    layers = [{} if args.config is None else read_yaml(find_recipe(args.config), schema), flags]
+    output = {"output": schema.output, **layers[0], **flags}["output"]
+    if resume and (saved := Path(str(output)) / "config.yaml").is_file():
+        layers.insert(0, read_yaml(saved, schema))
     values = {}
     for layer in layers:
         if isinstance(values.get("model_kwargs"), dict) and isinstance(layer.get("model_kwargs"), dict):
             layer = {**layer, "model_kwargs": values["model_kwargs"] | layer["model_kwargs"]}
         values |= layer
-    return Settings(**values), resume
+    return schema(**values), resume

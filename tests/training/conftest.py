@@ -10,8 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from nat_models.training.engine import train
-from nat_models.training.settings import Settings
-from nat_models.training.tasks.classification import Classification
+from nat_models.training.tasks.classification import Classification, ClassificationSettings
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
 TINY = dict(
@@ -23,6 +22,7 @@ TINY = dict(
     lr=2e-3,
     val_fraction=0.25,
     workers=0,
+    trackers="none",
 )
 TIMING = ("seconds", "images_per_second")
 
@@ -48,11 +48,11 @@ def data(tmp_path_factory) -> Path:
     return root
 
 
-def make_settings(data: Path, output: Path, **kwargs) -> Settings:
-    return Settings(**{**TINY, "data": str(data), "output": str(output), **kwargs})
+def make_settings(data: Path, output: Path, **kwargs) -> ClassificationSettings:
+    return ClassificationSettings(**{**TINY, "data": str(data), "output": str(output), **kwargs})
 
 
-def fit(settings: Settings, resume: bool = False) -> list[dict]:
+def fit(settings: ClassificationSettings, resume: bool = False) -> list[dict]:
     return train(settings, Classification(settings), resume)
 
 

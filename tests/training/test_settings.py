@@ -6,11 +6,12 @@ from nat_models import cli
 from nat_models.errors import UserError
 from nat_models.resources import resource_folder
 from nat_models.training.models import make_model
-from nat_models.training.settings import Settings, from_flags
+from nat_models.training.settings import Resume, Settings, from_flags
+from nat_models.training.tasks.classification import ClassificationSettings
 
 
-def parse(*flags: str) -> tuple[Settings, bool]:
-    return from_flags(cli.parse(["train", *flags])[1])
+def parse(*flags: str) -> tuple[ClassificationSettings, Resume]:
+    return from_flags(cli.parse(["train", *flags])[1], ClassificationSettings)
 
 
 def test_flags_win_over_yaml_which_wins_over_defaults(tmp_path):
@@ -29,7 +30,7 @@ def test_flags_win_over_yaml_which_wins_over_defaults(tmp_path):
     cfg, resume = parse("--config", str(tmp_path / "c.yaml"), *flags)
     assert (cfg.lr, cfg.epochs, cfg.weight_decay) == (1e-3, 9, Settings.weight_decay)
     assert cfg.model_kwargs == dict(kernel_size=5, mlp_ratio=2)
-    assert (cfg.pretrained, cfg.clip_grad, resume) == (False, None, False)
+    assert (cfg.pretrained, cfg.clip_grad, bool(resume)) == (False, None, False)
 
 
 @pytest.mark.parametrize(
