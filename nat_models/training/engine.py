@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import send_to_device, set_seed
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -69,7 +70,11 @@ def train(settings: Settings, task: Task, resume: bool | Resume = False) -> list
     settings = with_extended_epochs(settings, resume)
     output = Path(settings.output)
     deciding_metric(settings, task)
+    # accelerate's state is the process's: a run before this one may have had another precision.
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # without this, processes that torchrun started would not meet
         mixed_precision=settings.mixed_precision,
         dynamo_backend="inductor" if settings.compile else None,
         log_with=tracker_names(settings.trackers) or None,

@@ -91,6 +91,9 @@ class ImageSet(Dataset):
 
             torch.manual_seed(hash((1, *index)))
             random.seed(hash((1, *index)))
+            import numpy
+
+            numpy.random.seed(hash((1, *index)) % 2**32)
             index = index[1]
         image = decode(self.images[index], self.in_chans)
         return self.transform(image), index if self.targets is None else self.targets[index]

@@ -84,7 +84,7 @@ class Classification:
         self.multi_label, self.notes, self.digest = data.multi_label, data.notes, data.digest()
         self.sizes = len(self.train), len(self.val)
         self.about = f"{len(self.classes)} {'labels' if self.multi_label else 'classes'}"
-        names = list(self.make_metrics().figures)
+        names = self.make_metrics().names
         self.metric = "map" if self.multi_label else "top1"
         self.figures = {"val_loss": False, **dict.fromkeys(names, True)}
         kind = "binary cross-entropy" if self.multi_label else "cross-entropy"
@@ -180,7 +180,7 @@ class ClassificationMetrics(nn.Module):
             figures["macro_precision"] = MulticlassPrecision(num_classes)
             figures["macro_recall"] = MulticlassRecall(num_classes)
             figures["macro_f1"] = MulticlassF1Score(num_classes)
-        self.figures = MetricCollection(figures)
+        self.names, self.figures = list(figures), MetricCollection(figures)
 
     def update(self, logits: Tensor, batch: list[Tensor]) -> None:
         target = batch[1]
@@ -192,8 +192,8 @@ class ClassificationMetrics(nn.Module):
             self.figures.update(logits, target)
 
     def compute(self) -> dict[str, float]:
-        figures = {name: 100 * value.item() for name, value in self.figures.compute().items()}
-        return dict(val_loss=self.loss.compute().item()) | figures
+        values = self.figures.compute()
+        return dict(val_loss=self.loss.compute().item()) | {name: 100 * values[name].item() for name in self.names}
 
 
 class _MultiHot(Sequence):
