@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, CheckpointError) as e:
         error = e
     except Stopped as e:
-        print(e, file=sys.stderr)
+        if e.message:  # of several processes one tells it
+            print(e, file=sys.stderr)
         return 128 + e.signal
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)

@@ -3,29 +3,22 @@
 Randomness is a function of seed, epoch, step and process, so a run that was killed and continued takes the same course.
 """
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate import Accelerator, DistributedType
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import send_to_device, set_seed
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
+from accelerate.utils import send_to_device
 from torch import nn
-from torch.utils.data import DataLoader
 
 from ..errors import Stopped, UserError
-from .freezing import freeze, head_parameters, set_training
-from .images import make_loader, read_batches
+from .freezing import head_parameters, set_training
+from .images import read_batches
 from .interrupts import Interrupts
+from .parts import make_accelerator, prepare, with_global_batch
 from .report import (
     Clock,
     best_row,
@@ -43,15 +36,18 @@ from .run_state import (
     check_resume,
     commit,
     describe,
+    has_state,
     locked,
     restore_folder,
+    saved_batch,
     with_extended_epochs,
     write_atomically,
     writing,
 )
-from .sampling import EpochSampler, ShareSampler, seed_step
+from .sampling import seed_step
 from .settings import Resume, Settings
 from .task import Task
+from .tuning import fit_batch
 
 LOOK_EVERY = 20  # updates between two looks at the loss
 ADVICE = "the state stays: mend this and go on with --resume"
@@ -70,16 +66,7 @@ def train(settings: Settings, task: Task, resume: bool | Resume = False) -> list
     settings = with_extended_epochs(settings, resume)
     output = Path(settings.output)
     deciding_metric(settings, task)
-    # accelerate's state is the process's: a run before this one may have had another precision.
-    AcceleratorState._reset_state()
-    GradientState._reset_state()
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # without this, processes that torchrun started would not meet
-        mixed_precision=settings.mixed_precision,
-        dynamo_backend="inductor" if settings.compile else None,
-        log_with=tracker_names(settings.trackers) or None,
-        project_dir=output,
-    )
+    accelerator = make_accelerator(settings, tracker_names(settings.trackers))
     with locked(output, accelerator), Interrupts(accelerator, settings.save_every_minutes) as interrupts:
         return _Run(settings, task, accelerator, interrupts).run(resume)
 
@@ -119,84 +106,14 @@ def evaluate(
     return metrics.compute()
 
 
-@dataclass
-class Parts:
-    """What training needs besides its settings and its task, prepared for processes and device."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: Scheduler
-    ema: ModelEmaV3 | None
-    order: EpochSampler
-    train_loader: DataLoader
-    val_loader: DataLoader
-    epochs: int
-    updates_per_epoch: int
-
-
-def with_global_batch(settings: Settings, accelerator: Accelerator) -> Settings:
-    """Settings whose grad_accum makes up the batch that global_batch_size names."""
-    if settings.global_batch_size is None:
-        return settings
-    step = settings.batch_size * accelerator.num_processes
-    if settings.global_batch_size % step:
-        raise UserError(
-            f"global_batch_size must be a multiple of batch_size x processes, {step}, got {settings.global_batch_size}."
-        )
-    return dataclasses.replace(settings, grad_accum=settings.global_batch_size // step)
-
-
-def prepare(settings: Settings, task: Task, accelerator: Accelerator, initial_weights: bool) -> Parts:
-    """Network, optimizer, loaders and schedule of a run.
-
-    Raises:
-        UserError: The batch exceeds the data, or a setting does not fit the network.
-    """
-    step = settings.batch_size * accelerator.num_processes
-    if step > task.sizes[0]:
-        raise UserError(f"batch_size x processes, {step}, must not exceed the {task.sizes[0]} training images.")
-    set_seed(settings.seed)
-    model = task.make_network(initial_weights).to(accelerator.device)
-    if settings.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    if settings.grad_checkpointing:
-        model.set_grad_checkpointing(True)
-    if settings.freeze is not None:
-        freeze(model, settings.freeze)
-    train_set, val_set = task.make_datasets(model)
-    order = EpochSampler(len(train_set), settings.seed, task.draws)
-    share = ShareSampler(len(val_set), accelerator.process_index, accelerator.num_processes)
-    common = dict(batch_size=settings.batch_size, workers=settings.workers, pin_memory=torch.cuda.is_available())
-    common["persistent_workers"] = settings.persistent_workers and settings.workers > 0
-    train_loader = make_loader(train_set, sampler=order, drop_last=True, **common)
-    val_loader = make_loader(val_set, sampler=share, **common)
-    decay = dict(weight_decay=settings.weight_decay, layer_decay=settings.layer_decay)
-    optimizer = create_optimizer_v2(model, opt=settings.opt, lr=settings.lr, **decay)
-    sharded = accelerator.distributed_type == DistributedType.FSDP
-    if sharded and settings.ema_decay is not None:
-        raise UserError("ema_decay averages whole weights, which no process has under FSDP: leave it out.")
-    # The average of few updates would be little more than the initial weights, so its decay rises with their number.
-    ema = None if settings.ema_decay is None else ModelEmaV3(model, decay=settings.ema_decay, use_warmup=True)
-    accelerator.gradient_accumulation_steps = settings.grad_accum
-    model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
-    updates_per_epoch = math.ceil(len(train_loader) / settings.grad_accum)
-    scheduler, epochs = create_scheduler_v2(
-        optimizer,
-        num_epochs=settings.epochs,
-        warmup_epochs=settings.warmup_epochs,
-        cooldown_epochs=settings.cooldown_epochs,
-        warmup_lr=settings.warmup_lr,
-        min_lr=settings.min_lr,
-        step_on_epochs=False,
-        updates_per_epoch=updates_per_epoch,
-    )
-    return Parts(model, optimizer, scheduler, ema, order, train_loader, val_loader, epochs, updates_per_epoch)
-
-
 class _Run:
     """A run from its first step or its last state to its end."""
 
     def __init__(self, settings: Settings, task: Task, accelerator: Accelerator, interrupts: Interrupts):
+        if settings.auto_batch_size:
+            settings = (
+                saved_batch(settings) if has_state(Path(settings.output)) else fit_batch(settings, task, accelerator)
+            )
         self.settings = with_global_batch(settings, accelerator)
         self.task, self.accelerator, self.interrupts = task, accelerator, interrupts
         self.output, self.state = Path(settings.output), Path(settings.output) / "state"
@@ -332,7 +249,8 @@ class _Run:
                 self._check_loss()
                 self._save()
         if stop:
-            raise Stopped(f"stopped {self.course}: go on with --resume --output {self.output}", stop)
+            line = f"stopped {self.course}: go on with --resume --output {self.output}"
+            raise Stopped(line if self.accelerator.is_main_process else "", stop)
 
     def _save(self) -> None:
         commit(self.accelerator, self.course, self.identity, self.state)

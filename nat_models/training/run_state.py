@@ -112,6 +112,16 @@ def has_state(output: Path) -> bool:
     return any((output / name).is_dir() for name in ("state", "state.old"))
 
 
+def _saved(output: Path) -> dict:
+    folder = output / "state" if (output / "state").is_dir() else output / "state.old"
+    try:
+        return json.loads((folder / "run.json").read_text())
+    except (OSError, ValueError):
+        raise UserError(
+            f"{folder} has no readable run.json: an earlier version of this package wrote it; start a new run."
+        ) from None
+
+
 def check_resume(run: dict, output: Path, resume: Resume) -> bool:
     """Whether there is a run to go on with.
 
@@ -129,13 +139,7 @@ def check_resume(run: dict, output: Path, resume: Resume) -> bool:
         return False
     if not resume:
         raise UserError(f"{output} holds a run already: continue it with --resume, or choose another --output.")
-    folder = output / "state" if (output / "state").is_dir() else output / "state.old"
-    try:
-        saved = json.loads((folder / "run.json").read_text())
-    except (OSError, ValueError):
-        raise UserError(
-            f"{folder} has no readable run.json: an earlier version of this package wrote it; start a new run."
-        ) from None
+    saved = _saved(output)
     for name, new in run["settings"].items():
         old = saved["settings"].get(name)
         if name in FREE or old == new:
@@ -146,7 +150,8 @@ def check_resume(run: dict, output: Path, resume: Resume) -> bool:
             raise UserError(f"epochs must stay {old}, as the run in {output} began; --extend-epochs makes it longer.")
         raise UserError(f"{name} must stay {old!r}, as the run in {output} began, to resume it; got {new!r}.")
     if saved["classes"] != run["classes"]:
-        gone, come = (sorted(set(a) - set(b))[:5] for a, b in _both_ways(saved["classes"], run["classes"]))
+        old, new = set(saved["classes"]), set(run["classes"])
+        gone, come = sorted(old - new)[:5], sorted(new - old)[:5]
         change = f"gone: {gone}, new: {come}" if gone or come else "their order"
         raise UserError(f"The classes must stay those that the run in {output} began with; changed: {change}.")
     if saved["data"] != run["data"]:
@@ -169,8 +174,11 @@ def check_resume(run: dict, output: Path, resume: Resume) -> bool:
     return True
 
 
-def _both_ways(a, b):
-    return (a, b), (b, a)
+def saved_batch(settings: Settings) -> Settings:
+    """The settings with the batch that a run found for itself when it began."""
+    saved = _saved(Path(settings.output))["settings"]
+    batch = {name: saved[name] for name in ("batch_size", "grad_accum")}
+    return dataclasses.replace(settings, auto_batch_size=False, **batch)
 
 
 def with_extended_epochs(settings: Settings, resume: Resume) -> Settings:

@@ -158,46 +158,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, monkeypatch):
     assert not (tmp_path / "state").exists()
 
 
-_TELLS_ITS_RANK = """
-import sys
-from accelerate import PartialState
-from nat_models.cli import main
-code = main(["train", *sys.argv[1:]])
-state = PartialState()
-print(f"rank {state.process_index} of {state.num_processes} over {state.backend}\\n", end="")  # one write: no mixing
-sys.exit(code)
-"""
-
-
-def test_two_processes_count_each_validation_image_once(data, tmp_path):
-    """13 validation images are no multiple of 2 x 4; accelerate repeats 3 of them to fill the last batches."""
-    (data_13 := tmp_path / "data").mkdir()
-    shutil.copytree(data, data_13 / "train")
-    shutil.copytree(data, data_13 / "val")
-    for file in sorted((data_13 / "val").rglob("*.png"))[13:]:
-        file.unlink()
-    cfg = make_settings(data_13, tmp_path / "o", epochs=1, warmup_epochs=0, batch_size=4)
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(cfg.plain()))
-    (tmp_path / "program.py").write_text(_TELLS_ITS_RANK)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "program.py")]
-    command = [sys.executable, *launch, "--config", str(tmp_path / "c.yaml")]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    assert {f"rank {rank} of 2 over gloo" for rank in (0, 1)} <= set(done.stdout.splitlines())
-    assert "in 2 processes" in done.stdout
-    row = summary(tmp_path / "o")[0]
-    model = timm.create_model(f"local-dir:{tmp_path / 'o' / 'last'}", pretrained=True)
-    val = read_data(cfg.data, val_fraction=cfg.val_fraction, seed=cfg.seed).parts["val"]
-    assert len(val) == 13
-    loader = make_loader(
-        ImageSet(val.images, val.targets, 3, create_transform(**resolve_model_data_config(model))), batch_size=13
-    )
-    metrics = evaluate(Classification(cfg), model, loader, Accelerator())
-    assert float(row["val_loss"]) == pytest.approx(metrics["val_loss"], rel=1e-5)  # another order of float32 sums
-    assert float(row["top1"]) == pytest.approx(metrics["top1"])
-
-
 def test_a_misspelt_model_and_a_batch_beyond_the_data_are_errors(data, tmp_path):
     with pytest.raises(UserError, match="Unknown model 'nat_mino', near to nat_mini"):
         fit(make_settings(data, tmp_path, model="nat_mino"))

@@ -156,7 +156,13 @@ class Classification:
 
     def save(self, network: nn.Module, folder: Path, rows: Sequence[dict], state_dict: dict | None = None) -> None:
         configs = dict(model_config=dict(label_names=self.classes), data_config=self.data_config)
-        save_for_hf(network, folder, safe_serialization=True, **configs)
+        from safetensors.torch import save_file
+        from timm.models._hub import save_config_for_hf
+
+        save_file(
+            {k: v.contiguous() for k, v in (state_dict or network.state_dict()).items()}, folder / "model.safetensors"
+        )
+        save_config_for_hf(network, folder / "config.json", **configs)
 
 
 class ClassificationMetrics(nn.Module):

@@ -1,0 +1,52 @@
+"""`nat-models train` that tells its rank and its losses; run by torch.distributed.run in the tests.
+
+    program.py FOLDER [--fsdp] FLAGS...
+
+FOLDER gets losses-RANK.txt, a line per step. Some steps are made slow enough to be killed in.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+
+from nat_models.cli import main
+from nat_models.training import engine
+from nat_models.training.tasks.classification import Classification
+
+folder, flags = Path(sys.argv[1]), sys.argv[2:]
+state = PartialState(cpu=True)
+losses, prepare = Classification.losses, engine.prepare
+
+if "--fsdp" in flags:
+    # accelerate shards where there are GPUs only; torch shards over gloo as well.
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+if "--slow" in flags:
+    slow = lambda: time.sleep(0.05)  # noqa: E731
+else:
+    slow = int
+
+
+def told(*args):
+    result = losses(*args)
+    with open(folder / f"losses-{state.process_index}.txt", "a") as f:
+        f.write(f"{float(sum(result.values()))!r}\n")
+    slow()
+    return result
+
+
+def prepared(*args, **kwargs):
+    parts = prepare(*args, **kwargs)
+    # One write each: lines of two processes do not mix.
+    print(f"{args[2].distributed_type}, {type(next(parts.model.parameters())).__name__}\n", end="", flush=True)
+    return parts
+
+
+Classification.losses, engine.prepare = told, prepared
+torch.set_num_threads(1)
+code = main(["train", *(flag for flag in flags if flag not in ("--fsdp", "--slow"))])
+print(f"rank {state.process_index} of {state.num_processes} over {state.backend}\n", end="")
+sys.exit(code)
