@@ -129,12 +129,16 @@ def find_lr(settings: Settings, task: Task) -> float:
 
 
 def steepest(rates: list[float], losses: list[float]) -> float:
-    """The rate at which the loss falls fastest, over the logarithm of the rate, before its least value."""
+    """The rate around which the loss falls fastest over the logarithm of the rate, before its least value.
+
+    The fall is taken over a fifth of all rates: from one rate to the next it is noise.
+    """
+    reach = max(1, len(losses) // 10)
     end = min(range(len(losses)), key=losses.__getitem__)
-    slopes = [losses[i + 1] - losses[i - 1] for i in range(1, end)]
-    if not slopes or min(slopes) >= 0:
-        raise UserError(f"The loss falls at no learning rate between {LOW} and {HIGH}: {losses[:5]} ...")
-    return rates[1 + min(range(len(slopes)), key=slopes.__getitem__)]
+    falls = {i: losses[i - reach] - losses[i + reach] for i in range(reach, end - reach + 1)}
+    if not falls or max(falls.values()) <= 0:
+        raise UserError(f"The loss falls at no learning rate between {LOW} and {HIGH}.")
+    return rates[max(falls, key=falls.__getitem__)]
 
 
 def _plot(rates: list[float], losses: list[float], best: float) -> bytes:

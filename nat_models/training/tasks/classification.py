@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from timm.data import Mixup, create_transform
 from timm.data.model_config import resolve_input_data_config
-from timm.models import save_for_hf
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import (
