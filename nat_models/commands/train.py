@@ -19,16 +19,21 @@ import argparse
 from ..training import settings
 from ..training.engine import train
 from ..training.tasks.classification import Classification
+from ..training.tuning import find_lr
 
 TASKS = {"classify": Classification}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=TASKS, default="classify", help="what is learnt")
+    parser.add_argument("--find-lr", action="store_true", help="train nothing; draw the loss over the learning rate")
     settings.add_flags(parser, Classification.Settings)
 
 
 def run(args: argparse.Namespace) -> None:
     task = TASKS[args.task]
     values, resume = settings.from_flags(args, task.Settings)
+    if args.find_lr:
+        find_lr(values, task(values))
+        return
     train(values, task(values), resume)

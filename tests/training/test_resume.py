@@ -87,7 +87,7 @@ def test_a_signal_ends_a_run_in_one_line_after_the_step_at_hand(
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings.plain()))
     at_step(monkeypatch, 8, lambda: os.kill(os.getpid(), number))
     assert main(["train", "--config", str(tmp_path / "c.yaml")]) == code
-    out, err = capsys.readouterr()
+    err = capsys.readouterr().err
     # Step 8 is the third of the second epoch and half of an update; the update is finished.
     assert err == f"stopped after epoch 1, step 4 of epoch 2: go on with --resume --output {tmp_path / 'o'}\n"
     monkeypatch.undo()
