@@ -243,7 +243,7 @@ class _Run:
             due |= s.save_every_steps is not None and update % s.save_every_steps == 0
             if s.keep_every_steps is not None and update % s.keep_every_steps == 0:
                 with self.clock("saving"):
-                    self._keep(f"step-{update:08}")
+                    self._keep(f"step-{update:08}", self._whole())
         if due or stop:
             with self.clock("saving"):
                 self._check_loss()
@@ -265,26 +265,29 @@ class _Run:
     def _sharded(self) -> bool:
         return self.accelerator.distributed_type == DistributedType.FSDP
 
-    def _weights(self) -> dict | None:
-        """The whole weights where no process has them, which takes all processes."""
-        return self.accelerator.get_state_dict(self.parts.model) if self._sharded() else None
+    def _whole(self) -> nn.Module:
+        """The evaluated network with all of its weights. Under FSDP no process has them: all give theirs to rank 0."""
+        if not self._sharded():
+            return self._evaluated()
+        weights = self.accelerator.get_state_dict(self.parts.model)
+        network = self.task.make_network(False)
+        if self.accelerator.is_main_process:
+            network.load_state_dict(weights)
+        return network
 
     def _publish(self) -> None:
-        weights, course, every = self._weights(), self.course, self.settings.keep_every_epochs
+        network, rows, every = self._whole(), self.course.rows, self.settings.keep_every_epochs
         if self.accelerator.is_main_process:
             with writing(self.output, ADVICE):
-                network = self.raw if self._sharded() else self._evaluated()
-                publish(self.output, course.rows, network, self.task, weights)
-        if every is not None and len(course.rows) % every == 0:
-            self._keep(f"epoch-{len(course.rows):04}", weights)
+                publish(self.output, rows, network, self.task)
+        if every is not None and len(rows) % every == 0:
+            self._keep(f"epoch-{len(rows):04}", network)
 
-    def _keep(self, name: str, weights: dict | None = None) -> None:
-        weights = weights or self._weights()
+    def _keep(self, name: str, network: nn.Module) -> None:
         if self.accelerator.is_main_process:
             folder, newest = self.output / "kept", self.settings.keep_newest
             with writing(folder, ADVICE):
-                network = self.raw if self._sharded() else self._evaluated()
-                save_weights(folder / name, self.course.rows, network, self.task, weights)
+                save_weights(folder / name, self.course.rows, network, self.task)
                 if newest is not None:
                     keep_newest(folder, name.partition("-")[0], newest)
 

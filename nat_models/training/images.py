@@ -1,64 +1,132 @@
-"""Images: which files are some, how they are decoded, and what becomes of one that cannot be."""
+"""Images: which files are some, how they are read in batches, and what becomes of one that cannot be."""
 
+import hashlib
+import json
+import os
+import random
+import signal
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
-from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..errors import UserError
+from .decoding import WHITE, Encoded, ImageFile, advice, check_header, decode, suffixes
+
+__all__ = ["Encoded", "ImageFile", "ImageSet", "check_images", "decode", "list_images", "make_loader", "read_batches"]
+
+_JUNK = {"thumbs.db", "desktop.ini"}
 
 
-class Encoded(Protocol):
-    """An encoded image, wherever it lies: in a file, a shard or a row of a table.
+def scan(folder: Path, exclude: Iterable[Path] = ()) -> tuple[list[ImageFile], Counter]:
+    """All images below a folder, ordered by their path alone, and what else lies there, counted by kind.
 
-    Attributes:
-        name: What reports and feature files call it: its path relative to the data, with slashes.
-        path: The file that holds it.
+    Hidden files and folders, __MACOSX, and whatever a run wrote are no data.
+
+    Args:
+        folder: Links in it are followed, but never into a folder that they came from.
+        exclude: Folders that are passed over.
+
+    Raises:
+        UserError: There is no such folder, or it cannot be read.
     """
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}.")
+    images, passed_over = [], Counter()
+    excluded = {path.resolve() for path in exclude}
 
-    name: str
-    path: str
+    def visit(path: str, prefix: str, above: frozenset) -> None:
+        try:
+            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+        except OSError as e:
+            raise UserError(f"Cannot read the folder {path}: {e.strerror}.") from None
+        for entry in entries:
+            name = entry.name
+            if entry.is_dir():
+                status = entry.stat()
+                identity = (status.st_dev, status.st_ino)
+                if name.startswith(".") or name == "__MACOSX":
+                    passed_over[f"folder {name}"] += 1
+                elif identity in above:
+                    passed_over["link to a folder around it"] += 1
+                elif is_run(entry.path) or Path(entry.path).resolve() in excluded:
+                    passed_over[f"folder {name} of a run"] += 1
+                else:
+                    visit(entry.path, f"{prefix}{name}/", above | {identity})
+            elif name.startswith(".") or name.lower() in _JUNK:
+                passed_over["hidden"] += 1
+            elif (suffix := os.path.splitext(name)[1].lower()) in suffixes():
+                images.append(ImageFile(prefix + name, entry.path))
+            else:
+                passed_over[suffix or "without a suffix"] += 1
 
-    def open(self) -> BinaryIO:
-        """Its bytes."""
+    visit(str(folder), "", frozenset([(folder.stat().st_dev, folder.stat().st_ino)]))
+    return sorted(images), passed_over
 
 
-class ImageFile(NamedTuple):
-    """An image that is a file of its own."""
+def is_run(path: str) -> bool:
+    """Whether training wrote the folder."""
+    return os.path.isfile(os.path.join(path, "config.yaml")) and os.path.exists(os.path.join(path, ".lock"))
 
-    name: str
-    path: str
 
-    def open(self) -> BinaryIO:
-        return open(self.path, "rb")
+def say(passed_over: Counter) -> str:
+    """What was passed over, in words: "3 .txt, 1 hidden"; nothing where nothing was."""
+    parts = []
+    for kind, count in sorted(passed_over.items(), key=lambda item: (-item[1], item[0])):
+        reason = advice(kind)
+        parts.append(f"{count} {kind}" + (f" ({reason})" if reason else ""))
+    return ", ".join(parts)
 
 
 def list_images(folder: Path) -> list[ImageFile]:
-    """All images below a folder, ordered by their path alone: no file system and no locale has a say."""
-    if not folder.is_dir():
-        raise UserError(f"There is no folder {folder}.")
-    files = [Path(file) for file, _ in find_images_and_targets(str(folder))[0]]
-    if not files:
-        raise UserError(f"There are no images in {folder}.")
-    return sorted(ImageFile(file.relative_to(folder).as_posix(), str(file)) for file in files)
-
-
-def decode(image: Encoded, in_chans: int) -> Image.Image:
-    """The image in mode L for one channel, RGB for three.
+    """All images below a folder, as `scan` finds them.
 
     Raises:
-        UserError: It cannot be read; the message names it.
+        UserError: There is no such folder, or no image in it.
     """
-    try:
-        with image.open() as file, Image.open(file) as opened:
-            return opened.convert("L" if in_chans == 1 else "RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise UserError(f"{image.path} cannot be read as an image: {e}") from None
+    images, passed_over = scan(folder)
+    if not images:
+        raise UserError(f"There are no images in {folder}" + (f", but {say(passed_over)}." if passed_over else "."))
+    return images
+
+
+def check_images(images: Sequence[Encoded], full: bool = False) -> dict[int, UserError]:
+    """The images that cannot be read, by their index; headers are read, with `full` all pixels.
+
+    What was found good is remembered in the user's cache, by names, sizes and times of the files.
+    """
+    digest = hashlib.sha256(b"full" if full else b"headers")
+    for image in images:
+        with suppress(OSError):
+            status = os.stat(image.path)
+            digest.update(f"{image.path}\0{image.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nat_models" / "checked"
+    remembered = folder / f"{digest.hexdigest()}.json"
+    with suppress(OSError, ValueError):
+        return {int(i): UserError(message) for i, message in json.loads(remembered.read_text()).items()}
+
+    def check(image: Encoded) -> UserError | None:
+        try:
+            decode(image, 3) if full else check_header(image)
+        except UserError as e:
+            return e
+        return None
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        found = {i: error for i, error in enumerate(pool.map(check, images)) if error is not None}
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = remembered.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps({i: str(error) for i, error in found.items()}))
+        os.replace(temporary, remembered)
+    return found
 
 
 class ImageSet(Dataset):
@@ -70,6 +138,9 @@ class ImageSet(Dataset):
         targets: What is learnt of each; None gives the image's index.
         in_chans: 1 decodes to grey, 3 to RGB.
         transform: Takes the decoded image.
+        seed: Of an item that is asked for as (epoch, index): its transform draws from these three numbers alone,
+            whichever process reads it and whatever was read before.
+        background: What is seen through transparent pixels.
     """
 
     def __init__(
@@ -78,31 +149,31 @@ class ImageSet(Dataset):
         targets: Sequence | None,
         in_chans: int,
         transform: Callable,
-        seed: int | None = None,
+        *,
+        seed: int = 0,
+        background: tuple[int, int, int] = WHITE,
     ):
         self.images, self.targets, self.in_chans, self.transform = images, targets, in_chans, transform
+        self.seed, self.background = seed, background
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
-        if isinstance(index, tuple):
-            import random
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, Any]:
+        epoch, index = index if isinstance(index, tuple) else (None, index)
+        image = decode(self.images[index], self.in_chans, self.background)
+        if epoch is None:
+            image = self.transform(image)
+        else:
+            with drawing_from(self.seed, epoch, index):
+                image = self.transform(image)
+        return image, index if self.targets is None else self.targets[index]
 
-            torch.manual_seed(hash((1, *index)))
-            random.seed(hash((1, *index)))
-            import numpy
-
-            numpy.random.seed(hash((1, *index)) % 2**32)
-            index = index[1]
-        image = decode(self.images[index], self.in_chans)
-        return self.transform(image), index if self.targets is None else self.targets[index]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Any] | UserError]:
+    def __getitems__(self, indices: Sequence) -> list[tuple[Tensor, Any] | UserError]:
         """What a DataLoader makes a batch of. An error is a value here: a DataLoader would raise another one in the
         main process, with the traceback of its worker for a message."""
 
-        def read(index: int) -> tuple[Tensor, Any] | UserError:
+        def read(index) -> tuple[Tensor, Any] | UserError:
             try:
                 return self[index]
             except UserError as e:
@@ -111,14 +182,39 @@ class ImageSet(Dataset):
         return [read(index) for index in indices]
 
 
+@contextmanager
+def drawing_from(*numbers: int) -> Iterator[None]:
+    """Random numbers of Python, NumPy and PyTorch (CPU) that depend on these numbers alone; then all is as before."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
 def _collate(items: list) -> tuple[list[Tensor] | None, list[UserError]]:
     readable = [item for item in items if not isinstance(item, UserError)]
     return default_collate(readable) if readable else None, [item for item in items if isinstance(item, UserError)]
 
 
-def make_loader(images: ImageSet, batch_size: int, workers: int = 0, **kwargs) -> DataLoader:
+def _start_worker(_: int) -> None:
+    """A terminal and some clusters signal workers too; the main process ends them when it has finished its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def make_loader(images: Dataset, batch_size: int, workers: int = 0, **kwargs) -> DataLoader:
     """A loader whose batches `read_batches` takes; accelerate may prepare it. `kwargs` go to DataLoader."""
-    return DataLoader(images, batch_size, num_workers=workers, collate_fn=_collate, **kwargs)
+    return DataLoader(
+        images, batch_size, num_workers=workers, collate_fn=_collate, worker_init_fn=_start_worker, **kwargs
+    )
 
 
 def read_batches(loader: Iterable, on_error: Callable[[UserError], None] | None = None) -> Iterator[list[Tensor]]:

@@ -149,11 +149,11 @@ def is_published(output: Path, rows: Sequence[dict]) -> bool:
     return path.is_file() and len(path.read_text().splitlines()) == len(rows) + 1
 
 
-def publish(output: Path, rows: Sequence[dict], network: nn.Module, task: Task, state_dict: dict | None = None) -> None:
+def publish(output: Path, rows: Sequence[dict], network: nn.Module, task: Task) -> None:
     """Writes what users read; nothing but rows and weights goes in, so it can be done again after a kill."""
     targets = ["last", "best"] if best_row(rows, task) is rows[-1] else ["last"]
     for target in targets:
-        save_weights(output / target, rows, network, task, state_dict)
+        save_weights(output / target, rows, network, task)
     write_atomically(output / "curve.png", plot(rows, task.panels))
     table = io.StringIO()
     writer = csv.DictWriter(table, rows[0], lineterminator="\n")
@@ -162,12 +162,12 @@ def publish(output: Path, rows: Sequence[dict], network: nn.Module, task: Task, 
     write_atomically(output / "summary.csv", table.getvalue())
 
 
-def save_weights(folder: Path, rows: Sequence[dict], network: nn.Module, task: Task, state_dict: dict | None) -> None:
+def save_weights(folder: Path, rows: Sequence[dict], network: nn.Module, task: Task) -> None:
     """A folder of weights that is whole or absent."""
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    task.save(network, temporary, rows, state_dict)
+    task.save(network, temporary, rows)
     swap_folder(temporary, folder)
 
 

@@ -1,7 +1,8 @@
 """What the engine asks of a task."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -65,5 +66,5 @@ class Task(Protocol):
     def make_metrics(self) -> Metrics:
         """Figures that have counted nothing yet."""
 
-    def save(self, network: nn.Module, folder: Any, rows: Sequence[dict], state_dict: dict | None = None) -> None:
+    def save(self, network: nn.Module, folder: Path, rows: Sequence[dict]) -> None:
         """Writes the network for whoever uses it, with its card; `rows` are the epochs so far, the last its own."""

@@ -24,8 +24,10 @@ from torchmetrics.classification import (
 from ...errors import UserError, unknown
 from ..images import ImageSet
 from ..models import make_model
+from ..publishing import model_card, save_model
 from ..settings import Settings, option
-from ..splits import Part, read_data
+from ..splits import Part, drop_unreadable, read_data
+from ..tables import Columns
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,14 @@ class Classification:
 
     def __init__(self, settings: ClassificationSettings) -> None:
         self.settings = settings
-        data = read_data(settings.data, val_fraction=settings.val_fraction, seed=settings.seed)
+        data = read_data(
+            settings.data,
+            val_fraction=settings.val_fraction,
+            seed=settings.seed,
+            exclude=[Path(settings.output)],
+            columns=Columns(settings.image_column, settings.label_column, settings.split_column),
+        )
+        drop_unreadable(data, verify=settings.verify, skip=settings.skip_unreadable, limit=settings.unreadable_limit)
         self.train, self.val, self.classes = data.parts["train"], data.parts["val"], data.names
         self.multi_label, self.notes, self.digest = data.multi_label, data.notes, data.digest()
         self.sizes = len(self.train), len(self.val)
@@ -153,15 +162,20 @@ class Classification:
     def make_metrics(self) -> "ClassificationMetrics":
         return ClassificationMetrics(len(self.classes), self.multi_label)
 
-    def save(self, network: nn.Module, folder: Path, rows: Sequence[dict], state_dict: dict | None = None) -> None:
-        configs = dict(model_config=dict(label_names=self.classes), data_config=self.data_config)
-        from safetensors.torch import save_file
-        from timm.models._hub import save_config_for_hf
-
-        save_file(
-            {k: v.contiguous() for k, v in (state_dict or network.state_dict()).items()}, folder / "model.safetensors"
+    def save(self, network: nn.Module, folder: Path, rows: Sequence[dict]) -> None:
+        config = dict(label_names=self.classes, problem_type="multi_label_classification" if self.multi_label else None)
+        save_model(network, folder, model_config=config, data_config=self.data_config)
+        figures = {name: rows[-1][name] for name in self.figures if name in rows[-1]} if rows else {}
+        card = model_card(
+            self.settings,
+            about=f"{self.about}, {self.sizes[0]:,} training and {self.sizes[1]:,} validation images",
+            classes=self.classes,
+            digest=self.digest,
+            epoch=len(rows),
+            figures=figures,
+            data_config=self.data_config,
         )
-        save_config_for_hf(network, folder / "config.json", **configs)
+        (folder / "README.md").write_text(card)
 
 
 class ClassificationMetrics(nn.Module):
