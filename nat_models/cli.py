@@ -17,7 +17,13 @@ from .errors import CheckpointError, Stopped, UserError, missing_extra, unknown
 
 COMMANDS = {
     "train": "fine-tune or train a model on a folder of images",
-    "features": "write the pooled features of a folder of images",
+    "evaluate": "evaluate checkpoints on labelled images: figures, confusion matrix, worst mistakes",
+    "predict": "name the classes of images, and sort them",
+    "features": "write features of images: pooled, per level or dense, in a file or in shards",
+    "knn": "classify by nearest neighbours among features",
+    "probe": "train a linear probe on features",
+    "search": "find the images nearest to an image",
+    "picture": "draw features: principal components, or a map by class",
     "export": "write a model to one file that runs without this package",
     "info": "print versions, published weights, and what the attention runs on here and why (as without a command)",
 }

@@ -26,8 +26,9 @@ ROOMS = [
     ["networks"],
     ["fuse", "export", "integrations"],
     [""],  # nat_models/__init__.py, which re-exports
-    ["training"],  # settings, images, splits, run_state, report, task, models
-    ["training.engine", "training.tasks", "training.embeddings"],
+    ["training"],  # settings, images, splits, run_state, report, task, models and what they build on
+    ["training.tuning", "training.tasks", "training.embeddings", "training.evaluation"],
+    ["training.engine", "training.probing"],
     ["commands"],
     ["cli"],
     ["__main__"],

@@ -1,10 +1,13 @@
 """A timm model from what users say of it: name, weights, arguments. Names that timm does not know are our errors."""
 
 import argparse
+import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 
 import timm
+from timm.data import ImageNetInfo
 from timm.models import resolve_model_input_args
 from torch import nn
 
@@ -25,7 +28,7 @@ def make_model(
     """The model with its initial weights.
 
     Args:
-        name: timm name, or local-dir:FOLDER.
+        name: timm name, or a folder that a run wrote: FOLDER, or local-dir:FOLDER as timm says it.
         pretrained: Load the published weights.
         checkpoint: Load this file instead, converted as published weights are, and with another head or stem where
             the model needs one.
@@ -36,6 +39,7 @@ def make_model(
         UserError: timm knows no model of this name.
         CheckpointError: The weights cannot be found or read, or do not fit.
     """
+    name = resolve_name(name)
     if ":" not in name and not timm.is_model(name.split(".")[0]):
         raise unknown("model", name, timm.list_models())
     overlay = None if checkpoint is None else dict(file=checkpoint, source="")
@@ -43,6 +47,47 @@ def make_model(
     own = dict(num_classes=num_classes, drop_path_rate=drop_path, pretrained_cfg_overlay=overlay)
     kwargs = resolve_model_input_args(name, requested, **{**model_kwargs, **own})
     return timm.create_model(**kwargs, pretrained=pretrained or checkpoint is not None)
+
+
+def resolve_name(name: str) -> str:
+    """A model's name as timm takes it: a folder of weights becomes local-dir:FOLDER, that of a run its best/.
+
+    Raises:
+        UserError: The folder holds no weights.
+    """
+    folder = Path(name.removeprefix("local-dir:"))
+    if not folder.is_dir() or (":" in name and not name.startswith("local-dir:")):
+        return name
+    for candidate in (folder, folder / "best"):
+        if (candidate / "config.json").is_file():
+            return f"local-dir:{candidate}"
+    held = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
+    raise UserError(f"{folder} holds no config.json of a model, but {held}.")
+
+
+def class_names(model: nn.Module) -> list[str]:
+    """The model's classes, in the order of its outputs: those saved with it, or ImageNet-1k's synsets."""
+    names = model.pretrained_cfg.get("label_names")
+    if names is None and model.num_classes == 1000:
+        names = ImageNetInfo().label_names()
+    if names is None:
+        names = [str(i) for i in range(model.num_classes)]
+    return (
+        [names[i] if i in names else names[str(i)] for i in range(len(names))]
+        if isinstance(names, dict)
+        else list(names)
+    )
+
+
+def readable(name: str) -> str:
+    """A class as people call it: the first words for a synset of ImageNet, or else its own name."""
+    words = ImageNetInfo().label_name_to_description(name) if re.fullmatch(r"n\d{8}", name) else ""
+    return words.partition(",")[0] or name
+
+
+def is_multi_label(model: nn.Module) -> bool:
+    """Whether the model was trained on images with any number of labels."""
+    return model.pretrained_cfg.get("problem_type") == "multi_label_classification"
 
 
 def parse_model_kwargs(pairs: Iterable[str]) -> dict:
@@ -60,7 +105,7 @@ def parse_model_kwargs(pairs: Iterable[str]) -> dict:
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that name a model which is used as it is, not trained."""
     add = parser.add_argument
-    add("--model", default="nat_mini", help="timm name, or local-dir:FOLDER")
+    add("--model", default="nat_mini", help="timm name, or a folder that a run wrote")
     add("--pretrained", action=argparse.BooleanOptionalAction, default=True, help="load the published weights")
     add("--checkpoint", help="load this weights file instead")
     add("--model-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help="more arguments of the model")

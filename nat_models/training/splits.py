@@ -193,6 +193,47 @@ def read_data(
     return data
 
 
+def read_part(
+    source: str | Path,
+    names: Sequence[str],
+    *,
+    split: str | None = None,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    columns: Columns = USUAL,
+) -> tuple[Part, bool, list[str]]:
+    """One part of labelled images, for a model that is there already; also whether they have several labels, and notes.
+
+    Args:
+        source: As for read_data.
+        names: The model's classes.
+        split: train, val or test. None takes what there is to validate on, or else everything that is in no part.
+        val_fraction: The part that a run held out where the source has no parts; for split="val" or "train".
+        seed: Of what it held out.
+        columns: Of a table.
+
+    Raises:
+        UserError: There is no such part, or it has classes that the model lacks.
+    """
+    listing = read_listing(source, columns=columns)
+    parts = dict(listing.parts)
+    if split in ("train", "val") and split not in parts and ({"", "train"} & set(parts)):
+        whole = parts.pop("", []) + parts.pop("train", [])
+        parts["train"], parts["val"] = _hold_out(whole, val_fraction, seed, listing.multi_label)
+    chosen = split or next((part for part in ("val", "test", "") if part in parts), None)
+    if chosen not in parts:
+        raise UserError(f"{source} has no part {split or 'val or test'}, only {', '.join(parts)}: choose with --split.")
+    known = {name: i for i, name in enumerate(names)}
+    strangers = _ordered(label for _, labels in parts[chosen] for label in labels if label not in known)
+    if strangers:
+        raise UserError(f"Classes in {source} that the model lacks: {some(strangers)}; it has {some(list(names))}.")
+    part = Part()
+    for image, labels in parts[chosen]:
+        part.images.append(image)
+        part.targets.append(tuple(known[x] for x in labels) if listing.multi_label else known[labels[0]])
+    return part, listing.multi_label, listing.notes
+
+
 def _ordered(names: Iterable[str]) -> list[str]:
     return sorted(set(names), key=lambda name: (natural_key(name), name))
 

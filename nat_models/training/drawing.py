@@ -1,0 +1,76 @@
+"""Pictures of results: confusion matrices, reliability, sheets of images."""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from .decoding import Encoded, decode
+
+LARGEST_MATRIX = 50  # classes; of more, those that are confused most
+_THUMBNAIL = 160  # pixels
+
+
+def png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def draw_confusion(matrix: np.ndarray, names: Sequence[str]) -> Figure:
+    """[true, predicted] counts as a picture, each row in percent of its class."""
+    title = "confusion matrix: percent of each true class"
+    if len(names) > LARGEST_MATRIX:
+        errors = matrix.sum(axis=1) - np.diag(matrix) + matrix.sum(axis=0) - np.diag(matrix)
+        chosen = np.sort(np.argsort(-errors, kind="stable")[:LARGEST_MATRIX])
+        title += f", the {LARGEST_MATRIX} of {len(names)} classes that are confused most"
+        shares = (matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1))[np.ix_(chosen, chosen)]
+        matrix, names = matrix[np.ix_(chosen, chosen)], [names[i] for i in chosen]
+    else:
+        shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    size = max(5.0, 1.5 + 0.42 * len(names))
+    figure = Figure(figsize=(size + 0.5, size), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    short = [name if len(name) <= 18 else f"{name[:17]}…" for name in names]
+    axes.set_xticks(range(len(names)), short, rotation=90)
+    axes.set_yticks(range(len(names)), short)
+    axes.set(xlabel="predicted", ylabel="true", title=title)
+    for i, j in zip(*np.nonzero(matrix), strict=True):
+        colour = "white" if shares[i, j] > 0.5 else "black"
+        axes.text(j, i, f"{100 * shares[i, j]:.0f}", ha="center", va="center", color=colour, fontsize=7)
+    return figure
+
+
+def draw_reliability(confidence: np.ndarray, right: np.ndarray, bins: int) -> Figure:
+    """How often predictions of a confidence are right, and how many there are."""
+    figure = Figure(figsize=(5, 5.5), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    edges = np.linspace(0, 1, bins + 1)
+    place = np.clip(np.digitize(confidence, edges[1:-1], right=True), 0, bins - 1)
+    counts = np.bincount(place, minlength=bins)
+    accuracy = np.bincount(place, weights=right, minlength=bins) / np.maximum(counts, 1)
+    upper.bar(edges[:-1], accuracy, width=1 / bins, align="edge", edgecolor="white")
+    upper.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1, label="as sure as right")
+    upper.set(ylabel="part that is right", xlim=(0, 1), ylim=(0, 1), title="reliability")
+    upper.legend(loc="upper left")
+    lower.bar(edges[:-1], counts, width=1 / bins, align="edge", edgecolor="white", color="grey")
+    lower.set(xlabel="confidence", ylabel="images")
+    return figure
+
+
+def draw_sheet(images: Sequence[tuple[Encoded, str]], title: str, columns: int = 6) -> Figure:
+    """Thumbnails with captions."""
+    rows = max(1, -(-len(images) // columns))
+    figure = Figure(figsize=(1.6 * columns, 0.5 + 1.95 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flat
+    for axes in grid:
+        axes.axis("off")
+    for axes, (image, caption) in zip(grid, images, strict=False):
+        picture = decode(image, 3)
+        picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        axes.imshow(picture)
+        axes.set_title(caption, fontsize=7)
+    figure.suptitle(title, fontsize=10)
+    return figure
