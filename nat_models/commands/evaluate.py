@@ -2,8 +2,8 @@
 
     nat-models evaluate --model output/best --data images [--split val] --output report
 
---data takes what training takes: folders, tables, saved datasets, shards. The checkpoint's own preprocessing is used, and
-classes are matched by name. The output folder gets
+--data takes what training takes: folders, tables, saved datasets, shards. The checkpoint's own preprocessing is
+used, and classes are matched by name. The output folder gets
 
     metrics.json                 top-1, top-5, cross-entropy, macro averages, calibration error, images per second
     per_class.csv                precision, recall, F1 and support
@@ -11,8 +11,8 @@ classes are matched by name. The output folder gets
     mistakes.csv, mistakes.png   what was named wrongly, the surest first
     reliability.png              how often predictions of a confidence are right
 
-Of several models each gets a folder of its own, and comparison.csv stands beside them. ImageNet's validation images lie
-in a folder per synset (n01440764/...); --labels-real takes real.json of "Are we done with ImageNet?" (arXiv:2006.07159).
+Of several models each gets a folder of its own, and comparison.csv stands beside them. ImageNet's validation images
+lie in a folder per synset (n01440764/...); --labels-real takes real.json of arXiv:2006.07159.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--split",
         choices=("train", "val", "test"),
-        help="the part of the data; by default what there is to validate on",
+        help="of the data; by default what there is to validate on",
     )
     add("--val-fraction", type=float, default=0.1, help="what the run held out, where the data have no parts")
     add("--seed", type=int, default=0, help="of what the run held out")
@@ -71,9 +71,11 @@ def run(args: argparse.Namespace) -> None:
     for name in args.model:
         model = _make_model(args, name)
         rows.append(_evaluate(args, name, model))
-    shown = Table("model", *[key for key in rows[0] if key != "model"])
-    for row in rows:
-        shown.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()))
+    shown = Table("", *[row["model"] for row in rows])
+    for name in rows[0]:
+        if name != "model":
+            values = (row.get(name, "") for row in rows)
+            shown.add_row(name, *(f"{value:.2f}" if isinstance(value, float) else str(value) for value in values))
     console.print(shown)
     if args.output is not None:
         if len(rows) > 1:
@@ -117,9 +119,8 @@ def _evaluate(args: argparse.Namespace, name: str, model: nn.Module) -> dict:
         description=name,
     )
     if predictions.unreadable:
-        console.print(
-            f"left out: {len(predictions.unreadable)} images that cannot be read, first {predictions.unreadable[0]}"
-        )
+        left_out = len(predictions.unreadable)
+        console.print(f"left out: {left_out} images that cannot be read, first {predictions.unreadable[0]}")
     targets = [part.targets[i] for i in predictions.kept]
     judgement = judge(predictions.probabilities, targets, names, multi_label)
     more = dict(model=name, data=str(args.data), split=args.split)

@@ -4,9 +4,9 @@
 
 The file holds "features", [N, num_features] in float32, and as metadata "files" (a JSON list of N paths relative to
 DIR, sorted), "model" and "preprocessing" (JSON). Read it with nat_models.training.embeddings.load_features, or with
-safetensors.safe_open. An --output without .safetensors, .npz or .parquet is a folder: memory then does not grow with the
-images, --resume goes on after a kill, and under `accelerate launch -m nat_models features ...` each process writes its own
-shards.
+safetensors.safe_open. An --output without .safetensors, .npz or .parquet is a folder of shards: memory then does not
+grow with the images, --resume goes on after a kill, and under `accelerate launch -m nat_models features ...` each
+process writes its own shards.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--split",
         choices=("train", "val", "test"),
-        help="a part of labelled data, as training splits them; with labels",
+        help="a part of labelled data, with its labels",
     )
     add("--val-fraction", type=float, default=0.1, help="with --split: what a run held out of data without parts")
     add("--seed", type=int, default=0, help="with --split: of what it held out")

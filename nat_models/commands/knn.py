@@ -3,8 +3,8 @@
     nat-models knn --train train.safetensors --test test.safetensors
 
 Takes what `nat-models features` wrote. Labels are those stored with the features (--split), or else the names of the
-images' folders. Without --test a fifth of each class is held out. --baselines DIR, the folder that the features came from,
-shows raw pixels and the same network with random weights beside them.
+images' folders. Without --test a fifth of each class is held out. --baselines DIR, the folder that the features came
+from, shows raw pixels and the same network with random weights beside them.
 """
 
 import argparse
@@ -50,9 +50,8 @@ def compare(args: argparse.Namespace, method: Callable[[Features, Features], dic
             parts = (train, test)
             rows[name] = tuple(dataclasses.replace(p, features=b[name]) for p, b in zip(parts, both, strict=True))
     results = [dict(features=name, **method(*pair)) for name, pair in rows.items()]
-    shown = Table(
-        "", "method", "choice", "top-1", "macro-F1", title=f"{len(train.names):,} to learn, {len(test.names):,} to test"
-    )
+    title = f"{len(train.names):,} to learn, {len(test.names):,} to test"
+    shown = Table("", "method", "choice", "top-1", "macro-F1", title=title)
     for row in results:
         shown.add_row(row["features"], row["method"], row["choice"], f"{row['top1']:.2f}", f"{row['macro_f1']:.2f}")
     console.print(shown)

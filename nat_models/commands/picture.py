@@ -33,9 +33,8 @@ def run(args: argparse.Namespace) -> None:
         if not args.images:
             raise UserError("--kind components takes --images.")
         images = find_images(args.images)
-        extractor = Extractor(
-            model_from_flags(args, num_classes=0), kind="dense", level=args.level, img_size=args.img_size
-        )
+        model = model_from_flags(args, num_classes=0)
+        extractor = Extractor(model, kind="dense", level=args.level, img_size=args.img_size)
         figure = draw_components(images, compute(extractor, images, extractor.data_config))
     else:
         if args.features is None:

@@ -23,7 +23,7 @@ from timm.data import create_transform
 from timm.data.model_config import resolve_input_data_config
 
 from ..errors import UserError
-from ..training.decoding import Encoded, ImageFile
+from ..training.decoding import Encoded, ImageFile, describe
 from ..training.evaluation import PRECISIONS
 from ..training.images import ImageSet, make_loader, read_batches
 from ..training.models import add_model_flags, class_names, is_multi_label, model_from_flags, readable
@@ -69,11 +69,8 @@ def run(args: argparse.Namespace) -> None:
 def _chunks(args: argparse.Namespace) -> Iterator[Sequence[Encoded]]:
     if args.sources != ["-"]:
         if args.sort_into is not None:
-            inside = [
-                s
-                for s in args.sources
-                if Path(s).is_dir() and args.sort_into.resolve().is_relative_to(Path(s).resolve())
-            ]
+            folders = [source for source in args.sources if Path(source).is_dir()]
+            inside = [f for f in folders if args.sort_into.resolve().is_relative_to(Path(f).resolve())]
             if inside:
                 raise UserError(f"--sort-into {args.sort_into} must not lie in what is sorted, {inside[0]}.")
         return iter([find_images(args.sources)])
@@ -138,12 +135,16 @@ def _formatter(args: argparse.Namespace, file: TextIO):
     def write(image: Encoded, found: list[tuple[str, float]]) -> None:
         if args.format == "jsonl":
             classes = [{"class": name, "probability": round(p, 6)} for name, p in found]
-            print(json.dumps({"image": image.name, "predictions": classes}, ensure_ascii=False), file=file, flush=True)
+            print(
+                json.dumps({"image": describe(image), "predictions": classes}, ensure_ascii=False),
+                file=file,
+                flush=True,
+            )
         elif args.format == "csv":
-            writer.writerows([image.name, rank, name, f"{p:.6f}"] for rank, (name, p) in enumerate(found, start=1))
+            writer.writerows([describe(image), rank, name, f"{p:.6f}"] for rank, (name, p) in enumerate(found, start=1))
             file.flush()
         else:
-            print(image.name + "  " + "  ".join(f"{readable(n)} {p:.1%}" for n, p in found), file=file, flush=True)
+            print(describe(image) + "  " + "  ".join(f"{readable(n)} {p:.1%}" for n, p in found), file=file, flush=True)
 
     return write
 

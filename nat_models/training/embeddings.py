@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -39,8 +40,8 @@ class Extractor:
 
     Args:
         model: timm name or a folder that a run wrote, or a model.
-        kind: pooled [C], as before the classifier; levels, the mean of each level's map, all in a row; or dense, the map
-            [H, W, C] of one level.
+        kind: pooled [C], as before the classifier; levels, the mean of each level's map, all in a row; or dense, the
+            map [H, W, C] of one level.
         level: Which level dense features are of, from 0; None is the last.
         img_size: Height and width; None means the model's.
         precision: Of the computation: float32, bfloat16 or float16.
@@ -64,10 +65,10 @@ class Extractor:
         self.name = model if isinstance(model, str) else model.pretrained_cfg.get("architecture", "model")
         self.kind, self.level, self.img_size, self.precision, self.device = kind, level, img_size, precision, device
         self.model_kwargs = model_kwargs
-        self._model = None if isinstance(model, str) else model
+        self._given, self._model = not isinstance(model, str), None if isinstance(model, str) else model
 
     def __getstate__(self) -> dict:
-        return {**vars(self), "_model": self._model if isinstance(self.name, nn.Module) else None}
+        return {**vars(self), "_model": self._model if self._given else None}
 
     @property
     def model(self) -> nn.Module:
@@ -345,6 +346,4 @@ def _read(path: Path) -> Features:
 
 
 def _skip(error: UserError) -> None:
-    import sys
-
     print(f"skipped: {error}", file=sys.stderr)

@@ -86,11 +86,10 @@ def predict(
         logits = logits.float()
         rows.append((logits.sigmoid() if multi_label else logits.softmax(dim=1)).cpu())
         kept += indices.tolist()
-        if number + 1 == min(_WARM_UP, max(1, len(loader) - 1)):
+        if number + 1 == _WARM_UP < len(loader):
             started, timed = time.perf_counter(), len(kept)
     if not kept:
         raise UserError(f"None of the {len(images)} images can be read.")
-    timed = timed if timed < len(kept) else 0
     speed = (len(kept) - timed) / (time.perf_counter() - started)
     return Predictions([images[i] for i in kept], kept, torch.cat(rows).numpy(), speed, unreadable)
 
@@ -220,13 +219,10 @@ def write_report(
     wrong = mistakes(predictions, targets, judgement.names)
     fields = ("image", "true", "predicted", "probability", "probability_of_true")
     write_atomically(folder / "mistakes.csv", table([{k: row[k] for k in fields} for row in wrong], fields))
-    shown = [
-        (
-            predictions.images[row["index"]],
-            f"true {readable(row['true'])}\n{readable(row['predicted'])} {row['probability']:.0%}",
-        )
-        for row in wrong[:24]
-    ]
+    shown = []
+    for row in wrong[:24]:
+        caption = f"true {readable(row['true'])}\n{readable(row['predicted'])} {row['probability']:.0%}"
+        shown.append((predictions.images[row["index"]], caption))
     title = f"{len(wrong):,} of {len(targets):,} images named wrongly, the surest first"
     write_atomically(folder / "mistakes.png", png(draw_sheet(shown, title)))
 

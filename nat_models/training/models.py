@@ -72,11 +72,9 @@ def class_names(model: nn.Module) -> list[str]:
         names = ImageNetInfo().label_names()
     if names is None:
         names = [str(i) for i in range(model.num_classes)]
-    return (
-        [names[i] if i in names else names[str(i)] for i in range(len(names))]
-        if isinstance(names, dict)
-        else list(names)
-    )
+    if isinstance(names, dict):
+        return [names[i] if i in names else names[str(i)] for i in range(len(names))]
+    return list(names)
 
 
 def readable(name: str) -> str:

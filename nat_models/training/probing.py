@@ -141,10 +141,9 @@ def search(features: Features, query: np.ndarray, top: int) -> list[list[tuple[s
         x = x.reshape(len(x), -1).astype(np.float32)
         return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
-    if query.shape[1:] != features.features.shape[1:]:
-        raise UserError(
-            f"The query's features are {list(query.shape[1:])}, those to search {list(features.features.shape[1:])}."
-        )
+    asked, there = list(query.shape[1:]), list(features.features.shape[1:])
+    if asked != there:
+        raise UserError(f"The query's features are {asked}, those to search {there}.")
     similarity = unit(query) @ unit(features.features).T
     found = []
     for row in similarity:
