@@ -3,8 +3,8 @@
     python scripts/demo.py
 
 Everything lands in demo/: digits/ (the images, a folder per class), run/ (what `nat-models train --config digits`
-writes) and predictions.png. An interrupted demo is resumed; a finished one is started over. Fails if fewer
-than 95 % of the images that were held out are named correctly.
+writes) and report/ (confusion matrix, worst mistakes). An interrupted demo is resumed; a finished one is started over. Fails if fewer
+than 97 % of the images that were held out are named correctly.
 """
 
 import shutil
@@ -12,23 +12,22 @@ import sys
 from pathlib import Path
 
 import timm
-import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_digits
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import resolve_model_data_config
 
 from nat_models.errors import CheckpointError, UserError
 from nat_models.resources import resource
 from nat_models.training.engine import train
-from nat_models.training.images import ImageSet
+from nat_models.training.evaluation import judge, predict, write_report
+from nat_models.training.models import class_names
 from nat_models.training.report import console
-from nat_models.training.settings import Settings, read_yaml
+from nat_models.training.settings import read_yaml
 from nat_models.training.splits import read_data
-from nat_models.training.tasks.classification import Classification
+from nat_models.training.tasks.classification import Classification, ClassificationSettings
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
-REQUIRED = 95.0
+REQUIRED = 97.0
 
 
 def write_digits(folder: Path) -> None:
@@ -47,28 +46,22 @@ def write_digits(folder: Path) -> None:
     temporary.rename(folder)
 
 
-def draw_predictions(settings: Settings, best: Path, path: Path, count: int = 12) -> None:
-    """A picture of `count` held-out digits, spread over the classes, with what the best checkpoint takes them for."""
+def write_judgement(settings: ClassificationSettings, best: Path, folder: Path) -> None:
+    """What the last weights make of the held-out digits: figures, confusion matrix, worst mistakes."""
     held_out = read_data(settings.data, val_fraction=settings.val_fraction, seed=settings.seed).parts["val"]
-    chosen = [i * len(held_out) // count for i in range(count)]
-    model = timm.create_model(f"local-dir:{best}", pretrained=True).eval()
-    data_config = resolve_model_data_config(model)
-    labels = model.pretrained_cfg["label_names"]
-    images = ImageSet(held_out.images, held_out.targets, data_config["input_size"][0], create_transform(**data_config))
-    with torch.inference_mode():
-        predictions = model(torch.stack([images[i][0] for i in chosen])).argmax(dim=1)
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    for axes, i, prediction in zip(figure.subplots(2, count // 2).flat, chosen, predictions, strict=True):
-        axes.imshow(Image.open(held_out.images[i].path), cmap="gray", vmin=0, vmax=255)
-        title = f"true {labels[held_out.targets[i]]}\npredicted {labels[prediction]}"
-        axes.set_title(title, color="red" if prediction != held_out.targets[i] else "black")
-        axes.axis("off")
-    figure.suptitle(f"{count} of {len(held_out)} held-out digits")
-    figure.savefig(path, format="png", dpi=120)
+    model = timm.create_model(f"local-dir:{best}", pretrained=True)
+    names = class_names(model)
+    predictions = predict(model, held_out.images, resolve_model_data_config(model))
+    judgement = judge(predictions.probabilities, held_out.targets, names)
+    write_report(folder, predictions, held_out.targets, judgement)
+    width = max(map(len, names))
+    console.print("true class (rows) and predicted class (columns):")
+    for name, row in zip(names, judgement.confusion.tolist(), strict=True):
+        console.print(f"  {name:>{width}}  " + " ".join(f"{count:3}" if count else "  ." for count in row))
 
 
 def main() -> int:
-    if (DEMO / "predictions.png").exists():
+    if (DEMO / "report" / "mistakes.png").exists():
         console.print(f"starting over: {DEMO} holds a finished demo")
         shutil.rmtree(DEMO)
     elif DEMO.exists():
@@ -76,16 +69,17 @@ def main() -> int:
     DEMO.mkdir(exist_ok=True)
     write_digits(DEMO / "digits")
     run = DEMO / "run"
-    recipe = read_yaml(resource("configs", "digits.yaml"))
-    settings = Settings(**recipe, data=str(DEMO / "digits"), output=str(run))
+    recipe = read_yaml(resource("configs", "digits.yaml"), ClassificationSettings)
+    settings = ClassificationSettings(**recipe, data=str(DEMO / "digits"), output=str(run))
     rows = train(settings, Classification(settings), resume=True)
     # The last epoch's figure counts: the best one was chosen on these very images.
     top1 = rows[-1]["top1"]
     console.print(
         f"top-1 on held-out images: {top1:.2f} %, {len(rows)} epochs in {sum(row['seconds'] for row in rows):.0f} s"
     )
-    draw_predictions(settings, run / "best", DEMO / "predictions.png")
-    console.print(f"look at {DEMO / 'predictions.png'} and {run / 'curve.png'}")
+    write_judgement(settings, run / "last", DEMO / "report")
+    report = DEMO / "report"
+    console.print(f"look at {run / 'curve.png'}, {report / 'confusion.png'} and {report / 'mistakes.png'}")
     if top1 < REQUIRED:
         print(f"error: top-1 must reach {REQUIRED} %, got {top1:.2f} %.", file=sys.stderr)
         return 1

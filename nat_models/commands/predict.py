@@ -121,10 +121,12 @@ def _writer(args: argparse.Namespace):
         yield _formatter(args, sys.stdout)
         return
     temporary = args.output.with_name(f"{args.output.name}.tmp")
-    with writing(args.output):
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
+    try:
+        with writing(args.output), open(temporary, "w", newline="", encoding="utf-8") as file:
             yield _formatter(args, file)
         os.replace(temporary, args.output)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _formatter(args: argparse.Namespace, file: TextIO):

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -243,7 +244,9 @@ def _rows(extractor: Extractor, batches) -> Iterator[tuple[int, Tensor]]:
 def _claim(folder: Path, identity: dict, resume: bool, state: PartialState) -> None:
     """Makes the folder, or checks that what was begun in it is the same."""
     path = folder / "extraction.json"
-    if path.is_file():
+    begun = path.is_file()
+    state.wait_for_everyone()  # all look before one writes
+    if begun:
         if not resume:
             raise UserError(f"{folder} holds features already: go on with --resume, or choose another --output.")
         saved = json.loads(path.read_text())
@@ -339,7 +342,7 @@ def _read(path: Path) -> Features:
             raise ValueError(f"the name must end in {', '.join(FORMATS)}")
         names = json.loads(texts.pop("files"))
         labels = json.loads(texts.pop("labels", "null"))
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as e:
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError, TypeError, BadZipFile) as e:
         raise UserError(f"{path} cannot be read as features: {e}.") from None
     labels = [name.rpartition("/")[0].rpartition("/")[2] for name in names] if labels is None else labels
     return Features(features, names, labels, texts)

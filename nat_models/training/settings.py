@@ -163,7 +163,7 @@ def _finite(value):
 
 
 def read_yaml(path: Path, schema: type[Settings] = Settings) -> dict:
-    """What a YAML file says of the settings, its keys checked."""
+    """What a YAML file says of the settings, its keys checked; `inherit` names a recipe that it changes."""
     if not path.is_file():
         raise UserError(f"There is no config file {path}.")
     try:
@@ -172,11 +172,14 @@ def read_yaml(path: Path, schema: type[Settings] = Settings) -> dict:
         raise UserError(f"{path} is no YAML: {' '.join(str(e).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values, got {values!r}.")
+    inherited = {}
+    if (parent := values.pop("inherit", None)) is not None:
+        inherited = read_yaml(find_recipe(str(parent)), schema)
     known = [f.name for f in fields(schema)]
     for name in values:
         if name not in known:
             raise unknown(f"key in {path}:", str(name), known)
-    return values
+    return inherited | values
 
 
 def find_recipe(name: str) -> Path:

@@ -179,7 +179,7 @@ def test_pictures_are_drawn(model, data, tmp_path):
         "--output",
         tmp_path / "c.png",
     ]
-    for flags in (map_, images):
+    for flags in (map_, [*images, "--output", tmp_path / "c.png"]):
         assert main(["picture", "--model", model, *map(str, flags)]) == 0
     for name in ("m.png", "c.png"):
         pixels = np.asarray(Image.open(tmp_path / name).convert("RGB"))
@@ -201,7 +201,8 @@ def test_an_extractor_is_pickled_as_its_arguments(model, data, whole):
 @pytest.mark.slow
 def test_ray_data_extracts_with_two_actors(model, data, whole):
     ray = pytest.importorskip("ray")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    # The two actors keep a processor each, and reading needs one too.
+    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
     try:
         files = ray.data.read_binary_files([image.path for image in list_images(data)], include_paths=True)
         mapped = files.map_batches(Extractor, fn_constructor_args=[model], batch_size=8, concurrency=2, num_cpus=1)
