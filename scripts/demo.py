@@ -3,8 +3,8 @@
     python scripts/demo.py
 
 Everything lands in demo/: digits/ (the images, a folder per class), run/ (what `nat-models train --config digits`
-writes) and report/ (confusion matrix, worst mistakes). An interrupted demo is resumed; a finished one is started over. Fails if fewer
-than 97 % of the images that were held out are named correctly.
+writes) and report/ (confusion matrix, worst mistakes). An interrupted demo is resumed; a finished one is started over.
+Fails if fewer than 97 % of the images that were held out are named correctly.
 """
 
 import shutil

@@ -34,7 +34,8 @@ def run(args: argparse.Namespace) -> None:
         args.model = features.metadata["model"]
     elif args.model != features.metadata["model"]:
         raise UserError(f"The features are of {features.metadata['model']}, not of {args.model}.")
-    extractor = Extractor(model_from_flags(args, num_classes=0), kind=features.metadata.get("kind", "pooled"))
+    kind, level = features.metadata.get("kind", "pooled"), json.loads(features.metadata.get("level", "null"))
+    extractor = Extractor(model_from_flags(args, num_classes=0), kind=kind, level=level)
     found = compute(extractor, queries, json.loads(features.metadata["preprocessing"]))
     for query, nearest in zip(queries, search(features, found, args.top), strict=True):
         rows = [{"image": name, "label": label, "similarity": round(s, 4)} for name, label, s in nearest]

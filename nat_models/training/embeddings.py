@@ -185,6 +185,7 @@ def extract(
         raise UserError(f"Several processes write a folder of shards: give --output a name without {output.suffix}.")
     model, config = extractor.model, extractor.data_config
     metadata = dict(model=extractor.name, preprocessing=json.dumps(config), kind=extractor.kind)
+    metadata["level"] = json.dumps(extractor.level)
     share = range(
         len(images) * state.process_index // state.num_processes,
         len(images) * (state.process_index + 1) // state.num_processes,
@@ -196,7 +197,6 @@ def extract(
     if not one_file:
         identity = dict(
             metadata,
-            level=extractor.level,
             dtype=dtype,
             shard_size=shard_size,
             suffix=suffix,

@@ -41,6 +41,10 @@ def take(features: Features, rows: Sequence[int]) -> Features:
     )
 
 
+def _flat(features: Features) -> np.ndarray:
+    return features.features.reshape(len(features.names), -1)
+
+
 def check_pair(train: Features, test: Features) -> None:
     """Whether two sets of features can be held against each other.
 
@@ -51,8 +55,8 @@ def check_pair(train: Features, test: Features) -> None:
         a, b = (x.metadata.get(name) for x in (train, test))
         if a != b:
             raise UserError(f"The features are of different {name}: {a} and {b}.")
-    if train.features.ndim != 2:
-        raise UserError(f"Dense features, {list(train.features.shape)}, are not classified: take pooled ones.")
+    if train.features.shape[1:] != test.features.shape[1:]:
+        raise UserError(f"The features' shapes differ: {train.features.shape[1:]} and {test.features.shape[1:]}.")
     if strangers := sorted(set(test.labels) - set(train.labels)):
         raise UserError(f"Classes to test that the training features lack: {', '.join(strangers[:10])}.")
     if len(set(train.labels)) < 2:
@@ -65,7 +69,7 @@ def knn(train: Features, test: Features, ks: Sequence[int] = KS) -> dict:
 
     def score(k: int, fitted: Features, asked: Features):
         model = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights="distance")
-        return model.fit(fitted.features, fitted.labels).predict(asked.features)
+        return model.fit(_flat(fitted), fitted.labels).predict(_flat(asked))
 
     inner, held_out = split_features(train)
     possible = [k for k in ks if 1 <= k <= len(inner.labels)]
@@ -83,7 +87,7 @@ def probe(train: Features, test: Features, penalties: Sequence[float] = PENALTIE
 
     def score(c: float, fitted: Features, asked: Features):
         model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000, tol=1e-3))
-        return model.fit(fitted.features, fitted.labels).predict(asked.features)
+        return model.fit(_flat(fitted), fitted.labels).predict(_flat(asked))
 
     inner, held_out = split_features(train)
     best = max(penalties, key=lambda c: (_accuracy(score(c, inner, held_out), held_out.labels), -c))
@@ -121,10 +125,10 @@ def baselines(features: Features, root: Path) -> dict[str, np.ndarray]:
     config = json.loads(features.metadata["preprocessing"])
     torch.manual_seed(0)
     model = make_model(resolve_name(features.metadata["model"]), in_chans=config["input_size"][0])
-    kind = features.metadata.get("kind", "pooled")
+    kind, level = features.metadata.get("kind", "pooled"), json.loads(features.metadata.get("level", "null"))
     return {
         "raw pixels": raw_pixels(images, config["input_size"][0]),
-        "random weights": compute(Extractor(model, kind=kind), images, config),
+        "random weights": compute(Extractor(model, kind=kind, level=level), images, config),
     }
 
 

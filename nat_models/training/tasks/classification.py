@@ -199,7 +199,8 @@ class ClassificationMetrics(nn.Module):
             figures["macro_precision"] = MulticlassPrecision(num_classes)
             figures["macro_recall"] = MulticlassRecall(num_classes)
             figures["macro_f1"] = MulticlassF1Score(num_classes)
-        self.names, self.figures = list(figures), MetricCollection(figures)
+        # torchmetrics would share the counts of metrics that agree on the first batch, as top-1 and top-5 may.
+        self.names, self.figures = list(figures), MetricCollection(figures, compute_groups=False)
 
     def update(self, logits: Tensor, batch: list[Tensor]) -> None:
         target = batch[1]

@@ -93,6 +93,14 @@ def test_the_metrics_are_those_of_scikit_learn():
     assert list(found) == list(expected)
 
 
+def test_top5_is_counted_apart_from_top1_though_they_agree_at_first():
+    metrics, target = ClassificationMetrics(7, multi_label=False), torch.tensor([6])
+    metrics.update(torch.eye(7)[target], [None, target])
+    metrics.update(torch.arange(7.0)[None].flip(1), [None, torch.tensor([2])])
+    found = metrics.compute()
+    assert (found["top1"], found["top5"]) == (50, 100)
+
+
 def test_the_metrics_of_several_labels_are_those_of_scikit_learn():
     rng = np.random.default_rng(0)
     logits, target = rng.normal(size=(40, 3)).astype("float32"), rng.integers(0, 2, (40, 3))
