@@ -64,7 +64,7 @@ def draw_sheet(images: Sequence[tuple[Encoded, str]], title: str, columns: int =
     """Thumbnails with captions."""
     rows = max(1, -(-len(images) // columns))
     figure = Figure(figsize=(1.6 * columns, 0.5 + 1.95 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).flat
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in grid:
         axes.axis("off")
     for axes, (image, caption) in zip(grid, images, strict=False):

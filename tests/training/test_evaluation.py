@@ -103,6 +103,9 @@ def test_classes_are_matched_by_name_whatever_their_order_and_mistakes_are_liste
     found = rows(tmp_path / "r" / "mistakes.csv")
     assert metrics["images"] == 36 and metrics["top1"] == pytest.approx(50, abs=9)
     assert all(row["image"].startswith("green/") for row in found if row["predicted"] == "red")
+    # The sheet shows red images: an empty one has no colours.
+    sheet = np.asarray(Image.open(tmp_path / "r" / "mistakes.png").convert("RGB")).astype(int)
+    assert ((sheet[..., 0] > sheet[..., 1] + 60) & (sheet[..., 0] > sheet[..., 2] + 60)).sum() > 1000
     sure = [float(row["probability"]) for row in found]
     assert sure == sorted(sure, reverse=True) and len(sure) == round(36 * (1 - metrics["top1"] / 100))
 

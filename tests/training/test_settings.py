@@ -68,7 +68,17 @@ def test_every_recipe_is_valid(path):
 
 
 def test_an_unknown_recipe_is_an_error_that_lists_them_and_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"no recipe 'finetun'.*: digits, finetune, imagenet1k"):
+    with pytest.raises(UserError, match=r"no recipe 'finetun'.*: digits, fashion, finetune, "):
         parse("--config", "finetun", "--data", "x")
     with pytest.raises(UserError, match=r"There is no config file .*finetune\.yaml"):
         parse("--config", str(tmp_path / "finetune.yaml"), "--data", "x")
+
+
+def test_a_recipe_changes_what_it_inherits(tmp_path):
+    (tmp_path / "a.yaml").write_text("inherit: finetune\nepochs: 7\n")
+    cfg, _ = parse("--config", str(tmp_path / "a.yaml"), "--data", "x")
+    finetune, _ = parse("--config", "finetune", "--data", "x")
+    assert cfg.epochs == 7 and cfg.layer_decay == finetune.layer_decay == 0.85
+    (tmp_path / "a.yaml").write_text("inherit: nothing\n")
+    with pytest.raises(UserError, match="no recipe 'nothing'"):
+        parse("--config", str(tmp_path / "a.yaml"), "--data", "x")
