@@ -3,8 +3,8 @@
     python scripts/measure_features.py overhead
     python scripts/measure_features.py memory
 
-overhead: seconds of a bare loop over the same batches and of the extractor into a folder of shards, interleaved; medians,
-and their ratio. memory: the greatest resident size of a process that extracts 1,000 and one that extracts 100,000 small
+overhead: seconds of a bare loop over the same batches and of the extractor into a folder of shards, interleaved;
+medians, and their ratio. memory: the greatest resident size of a process that extracts 1,000 and one that extracts 100,000 small
 images. Both write below a temporary folder.
 """
 
@@ -63,15 +63,15 @@ def overhead(folder: Path, rounds: int = 5) -> None:
     for i in range(rounds):
         for name in seconds:
             started = time.perf_counter()
-            bare() if name == "bare loop" else extract(
-                extractor, images, folder / f"out{i}", batch_size=32, shard_size=64
-            )
+            if name == "bare loop":
+                bare()
+            else:
+                extract(extractor, images, folder / f"out{i}", batch_size=32, shard_size=64)
             seconds[name].append(time.perf_counter() - started)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
-    print(
-        medians, f"ratio of medians {medians['extractor'] / medians['bare loop']:.3f}, by round {np.round(ratios, 3)}"
-    )
+    print(medians)
+    print(f"ratio of medians {medians['extractor'] / medians['bare loop']:.3f}, by round {np.round(ratios, 3)}")
 
 
 def memory(folder: Path) -> None:

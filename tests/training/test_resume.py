@@ -155,21 +155,19 @@ def test_ctrl_c_reaches_workers_too_and_none_of_them_speaks(data, tmp_path):
 
 @pytest.mark.slow
 def test_twenty_real_kills_at_random_moments_leave_no_trace(data, tmp_path):
-    settings = dict(**RICH, workers=1, epochs=40, save_every_steps=1)
+    settings = dict(**RICH, workers=1, epochs=100, save_every_steps=1)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole, killed = (make_settings(data, tmp_path / name, **settings) for name in ("whole", "killed"))
-    started = time.monotonic()
     subprocess.run(_command(whole, tmp_path / "w.yaml"), check=True, env=env, stdout=subprocess.DEVNULL)
-    length = time.monotonic() - started
     rng, kills, within = random.Random(0), 0, 0
     while kills < 20:
         process = subprocess.Popen(
             _command(killed, tmp_path / "k.yaml"), start_new_session=True, env=env, stdout=subprocess.DEVNULL
         )
         try:
-            # Some of them early, before there is anything to go on from, and most while it trains.
-            assert process.wait(rng.uniform(0.1, 1.2) * length / 3) == 0
-            break
+            # Some of them before the first step, most of them while it trains; it starts for some seconds each time.
+            process.wait(rng.uniform(2, 10))
+            pytest.fail(f"the run ended after {kills} kills")
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             assert process.wait() == -signal.SIGKILL

@@ -127,9 +127,8 @@ def shard(path: Path, data: Path, names: list[str], label) -> None:
 def test_shards_of_webdataset_with_names_numbers_and_json(data, tmp_path):
     colour = lambda name: name.split("/")[0]  # noqa: E731
     shard(tmp_path / "train-000.tar", data, PATHS[:20], lambda n: (".cls", colour(n).encode()))
-    shard(
-        tmp_path / "train-001.tar", data, PATHS[20:44], lambda n: (".json", json.dumps({"label": colour(n)}).encode())
-    )
+    record = lambda name: json.dumps({"label": colour(name)}).encode()  # noqa: E731
+    shard(tmp_path / "train-001.tar", data, PATHS[20:44], lambda n: (".json", record(n)))
     shard(tmp_path / "val-000.tar", data, PATHS[40:], lambda n: (".cls", colour(n).encode()))
     found = read_data(tmp_path)
     assert {part: len(x) for part, x in found.parts.items()} == {"train": 44, "val": 14}
@@ -159,9 +158,8 @@ def test_train_alone_is_split_like_one_tree(data, tmp_path):
     alone, tree = read_data(tmp_path), read_data(data)
     targets = [x.parts["val"].targets for x in (alone, tree)]
     assert targets[0] == targets[1]
-    assert [i.name.removeprefix("train/") for i in alone.parts["val"].images] == [
-        i.name for i in tree.parts["val"].images
-    ]
+    names = [image.name for image in tree.parts["val"].images]
+    assert [image.name.removeprefix("train/") for image in alone.parts["val"].images] == names
 
 
 def test_a_model_s_order_of_classes_is_kept_and_strangers_are_refused(data):
