@@ -4,7 +4,7 @@
     python scripts/measure_features.py memory
 
 overhead: seconds of a bare loop over the same batches and of the extractor into a folder of shards, interleaved;
-medians, and their ratio. memory: the greatest resident size of a process that extracts 1,000 and one that extracts 100,000 small
+medians, and their ratio. memory: the greatest resident size of a process that extracts 1,000 and one of 100,000 small
 images. Both write below a temporary folder.
 """
 
