@@ -25,11 +25,10 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .decoding import Encoded, ImageFile, decode
 from .images import ImageSet, make_loader, read_batches
-from .models import make_model
+from .models import PRECISIONS, make_model
 from .report import console, track
 from .run_state import write_atomically, writing
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KINDS = ("pooled", "levels", "dense")
 FORMATS = (".safetensors", ".npz", ".parquet")
 

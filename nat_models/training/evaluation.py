@@ -25,12 +25,11 @@ from ..errors import UserError
 from .decoding import Encoded
 from .drawing import draw_confusion, draw_reliability, draw_sheet, png
 from .images import ImageSet, make_loader, read_batches
-from .models import readable
+from .models import PRECISIONS, readable
 from .report import track
 from .run_state import write_atomically
 
 BINS = 15  # of the calibration error, as in Guo et al., arXiv:1706.04599
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WARM_UP = 2  # batches that are not timed: first use allocates and chooses kernels
 
 

@@ -7,11 +7,15 @@ from pathlib import Path
 from types import MappingProxyType
 
 import timm
+import torch
 from timm.data import ImageNetInfo
 from timm.models import resolve_model_input_args
 from torch import nn
 
 from ..errors import UserError, unknown
+
+# Of a computation, by the names of the flags.
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def make_model(
