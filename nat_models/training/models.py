@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import json
 import re
 import sys
@@ -51,6 +52,7 @@ def make_model(
     overlay = None if checkpoint is None else dict(file=checkpoint, source="")
     requested = dict(img_size=img_size, in_chans=in_chans)
     own = dict(num_classes=num_classes, drop_path_rate=drop_path, pretrained_cfg_overlay=overlay)
+    own = {key: value for key, value in own.items() if value is not None}  # or it would undo one of model_kwargs
     kwargs = resolve_model_input_args(name, requested, **{**model_kwargs, **own})
     model = timm.create_model(**kwargs, pretrained=pretrained or checkpoint is not None)
     if name.startswith("local-dir:"):  # timm leaves out what it does not know of config.json
@@ -127,8 +129,15 @@ def class_names(model: nn.Module) -> list[str]:
 
 def readable(name: str) -> str:
     """A class as people call it: the first words for a synset of ImageNet, or else its own name."""
-    words = ImageNetInfo().label_name_to_description(name) if re.fullmatch(r"n\d{8}", name) else ""
+    words = _words().get(name, "") if re.fullmatch(r"n\d{8}", name) else ""
     return words.partition(",")[0] or name
+
+
+@functools.cache  # timm reads files of 22,000 lines each time it is asked
+def _words() -> dict[str, str]:
+    return ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True) | ImageNetInfo().label_descriptions(
+        as_dict=True
+    )
 
 
 def is_multi_label(model: nn.Module) -> bool:
