@@ -57,8 +57,6 @@ class Exported(NamedTuple):
 
 def capture(model: nn.Module, image: Tensor, dynamic_size: bool) -> ExportedProgram:
     """The model as a graph in which batch, and with dynamic_size height and width, are symbols."""
-    # 2.8 and 2.9 were seen to write graphs that hold for some sizes only.
-    require("torch", "2.13", "torch.export, of which the formats onnx, pt2 and aoti are made,")
     dynamic = {0: Dim.DYNAMIC, **({2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if dynamic_size else {})}
     # Otherwise a graph is not for sizes, here numbers of tiles, that are 1. The ONNX exporter sets it for itself.
     with torch.fx.experimental._config.patch(backed_size_oblivious=True):
@@ -175,6 +173,9 @@ def check_output(output: Path, format: str, dynamic_size: bool) -> None:
         raise UserError(f"The name of a file in the format {format} must end in {suffix}, got {output.name}.")
     if format == "aoti" and dynamic_size:
         raise UserError("--dynamic-size is not for the format aoti: what AOTInductor makes of it aborts when it runs.")
+    if format != "torchscript":
+        # 2.8 and 2.9 were seen to write graphs that hold for some sizes only.
+        require("torch", "2.13", "torch.export, of which the formats onnx, pt2 and aoti are made,")
 
 
 @torch.no_grad()

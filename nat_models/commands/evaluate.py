@@ -18,20 +18,33 @@ lie in a folder per synset (n01440764/...); --labels-real takes real.json of arX
 import argparse
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+import yaml
 from rich.table import Table
+from timm.data import ImageNetInfo
 from timm.data.model_config import resolve_input_data_config
 from torch import nn
 
 from ..checkpoints import list_weights
 from ..errors import UserError
-from ..training.evaluation import PRECISIONS, Predictions, judge, predict, table, write_report
-from ..training.models import class_names, is_multi_label, make_model, parse_model_kwargs
+from ..training.evaluation import Predictions, judge, predict, table, write_report
+from ..training.listing import some
+from ..training.models import (
+    add_computing_flags,
+    add_preprocessing_flags,
+    class_names,
+    fraction,
+    is_multi_label,
+    make_model,
+    parse_model_kwargs,
+    positive,
+    resolve_name,
+)
 from ..training.report import console
 from ..training.run_state import write_atomically, writing
-from ..training.splits import read_part
+from ..training.splits import Part, read_part
 from ..training.tables import Columns
 
 
@@ -42,35 +55,35 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--split",
         choices=("train", "val", "test"),
-        help="of the data; by default what there is to validate on",
+        help="of the data; by default what there is to validate on, of a run's own data what it held out",
     )
-    add("--val-fraction", type=float, default=0.1, help="what the run held out, where the data have no parts")
-    add("--seed", type=int, default=0, help="of what the run held out")
+    add("--val-fraction", type=fraction, help="what is held out, where the data have no parts; as the run did, or 0.1")
+    add("--seed", type=int, help="of what is held out; as the run did, or 0")
     for name in Columns._fields:
         add(f"--{name}-column", help="of a table; the usual names by default")
     add("--output", type=Path, help="folder to write")
     add("--pretrained", action=argparse.BooleanOptionalAction, default=True, help="load the published weights")
     add("--checkpoint", help="load this weights file instead")
     add("--model-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help="more arguments of the model")
-    add("--img-size", type=int, help="height and width; the model's by default")
-    add("--crop-pct", type=float, help="part of the image's short side that is seen; the model's by default")
-    add("--interpolation", help="bilinear, bicubic, ...; the model's by default")
+    add("--img-size", type=positive, help="height and width; the model's by default")
+    add_preprocessing_flags(parser)
     add("--labels-real", type=Path, metavar="FILE", help="real.json, for ImageNet's validation images")
-    add("--batch-size", type=int, default=64)
-    add("--num-workers", type=int, default=4, help="processes that load images")
-    add("--precision", choices=PRECISIONS, default="float32", help="of the computation")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--skip-unreadable", action="store_true", help="leave out images that cannot be read, and count them")
+    add_computing_flags(parser)
 
 
 def run(args: argparse.Namespace) -> None:
+    folders = _folders(args)
     if args.output is not None:
         with writing(args.output):
             args.output.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for name in args.model:
+    rows, images = [], None
+    for name, folder in folders.items():
         model = _make_model(args, name)
-        rows.append(_evaluate(args, name, model))
+        part = _read(args, name, model)
+        if images not in (None, part.images):
+            raise UserError(f"The runs held out different parts of {args.data}: name --seed and --val-fraction.")
+        images = part.images
+        rows.append(_evaluate(args, name, model, part, folder))
     shown = Table("", *[row["model"] for row in rows])
     for name in rows[0]:
         if name != "model":
@@ -83,6 +96,21 @@ def run(args: argparse.Namespace) -> None:
         console.print(f"look at {args.output}")
 
 
+def _folders(args: argparse.Namespace) -> dict[str, Path | None]:
+    """The models, and where the report of each goes."""
+    if len(args.model) > 1 and (args.checkpoint or args.model_kwargs):
+        raise UserError("--checkpoint and --model-kwargs are for one --model.")
+    folders = {}
+    for name in args.model:
+        folder = args.output
+        if folder is not None and len(args.model) > 1:
+            folder /= re.sub(r"[^\w.-]+", "_", name.removeprefix("local-dir:"))
+        if name in folders or (folder is not None and folder in folders.values()):
+            raise UserError(f"--model names {name} twice, or another model whose report would have its name.")
+        folders[name] = folder
+    return folders
+
+
 def _make_model(args: argparse.Namespace, name: str) -> nn.Module:
     pretrained = args.pretrained and args.checkpoint is None
     kwargs = parse_model_kwargs(args.model_kwargs)
@@ -91,13 +119,16 @@ def _make_model(args: argparse.Namespace, name: str) -> nn.Module:
     )
 
 
-def _evaluate(args: argparse.Namespace, name: str, model: nn.Module) -> dict:
-    names = class_names(model)
-    if len(names) != model.num_classes:
-        raise UserError(f"{name} has {model.num_classes} outputs, and {len(names)} class names.")
+def _read(args: argparse.Namespace, name: str, model: nn.Module) -> Part:
+    """The images to evaluate a model on."""
+    names, run = class_names(model), _run_settings(name)
     columns = Columns(*(getattr(args, f"{column}_column") for column in Columns._fields))
-    chosen = dict(split=args.split, val_fraction=args.val_fraction, seed=args.seed, columns=columns)
-    part, multi_label, notes = read_part(args.data, names, **chosen)
+    held_out = dict(val_fraction=run.get("val_fraction", 0.1), seed=run.get("seed", 0))
+    held_out |= {key: getattr(args, key) for key in held_out if getattr(args, key) is not None}
+    # Of one tree, what the run never saw.
+    own = run.get("data") and Path(run["data"]).resolve() == args.data.resolve()
+    split = args.split or ("val" if own else None)
+    part, multi_label, notes = read_part(args.data, names, split=split, columns=columns, **held_out)
     if multi_label != is_multi_label(model):
         raise UserError(
             f"{name} was trained on {'several labels' if not multi_label else 'one label'} per image; "
@@ -105,11 +136,25 @@ def _evaluate(args: argparse.Namespace, name: str, model: nn.Module) -> dict:
         )
     for note in notes:
         console.print(note)
+    return part
+
+
+def _run_settings(name: str) -> dict:
+    """The settings of the run that wrote a model; none of another model."""
+    source = resolve_name(name)
+    config = Path(source.removeprefix("local-dir:")).parent / "config.yaml"
+    settings = yaml.safe_load(config.read_text()) if source.startswith("local-dir:") and config.is_file() else None
+    return settings if isinstance(settings, dict) else {}
+
+
+def _evaluate(args: argparse.Namespace, name: str, model: nn.Module, part: Part, folder: Path | None) -> dict:
+    names, multi_label = class_names(model), is_multi_label(model)
     asked = {k: getattr(args, k) for k in ("img_size", "crop_pct", "interpolation")}
+    data_config = resolve_input_data_config(model, asked)
     predictions = predict(
         model,
         part.images,
-        resolve_input_data_config(model, asked),
+        data_config,
         multi_label=multi_label,
         batch_size=args.batch_size,
         workers=args.num_workers,
@@ -123,13 +168,13 @@ def _evaluate(args: argparse.Namespace, name: str, model: nn.Module) -> dict:
         console.print(f"left out: {left_out} images that cannot be read, first {predictions.unreadable[0]}")
     targets = [part.targets[i] for i in predictions.kept]
     judgement = judge(predictions.probabilities, targets, names, multi_label)
-    more = dict(model=name, data=str(args.data), split=args.split)
+    more = dict(model=name, data=str(args.data), split=args.split, unreadable=len(predictions.unreadable))
+    more |= dict(precision=args.precision, device=args.device, preprocessing=data_config)
     if args.labels_real is not None:
-        judgement.figures |= _real(args.labels_real, predictions)
-    if (published := _published(model)) is not None:
+        judgement.figures |= _real(args.labels_real, predictions, names)
+    if (args.pretrained or args.checkpoint) and (published := _published(model)) is not None:
         more["published_top1"] = judgement.figures["published_top1"] = published
-    if args.output is not None:
-        folder = args.output if len(args.model) == 1 else args.output / re.sub(r"[^\w.-]+", "_", name)
+    if folder is not None:
         with writing(folder):
             write_report(folder, predictions, targets, judgement, more)
     return dict(model=name, **judgement.figures, images=len(targets), images_per_second=predictions.images_per_second)
@@ -143,12 +188,17 @@ def _published(model: nn.Module) -> float | None:
     return next((w.top1 for w in list_weights() if w.name == name and source == "hf-hub" and not cfg.get("file")), None)
 
 
-def _real(path: Path, predictions: Predictions) -> dict[str, float]:
+def _real(path: Path, predictions: Predictions, names: Sequence[str]) -> dict[str, float]:
     """Top-1 by ImageNet-ReaL: right is a class that any rater saw; images in which none was seen do not count."""
     try:
         labels = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
+        if not all(isinstance(x, int) and 0 <= x < 1000 for row in labels for x in row):
+            raise ValueError("it must hold a list of ImageNet-1k's class indices per image")
+    except (OSError, TypeError, ValueError) as e:
         raise UserError(f"{path} cannot be read as real.json: {e}.") from None
+    places, synsets = {name: i for i, name in enumerate(names)}, ImageNetInfo().label_names()
+    if missing := [synset for synset in synsets if synset not in places]:
+        raise UserError(f"--labels-real is for models of ImageNet's classes; this one lacks {some(missing)}.")
     right = counted = 0
     for image, row in zip(predictions.images, predictions.probabilities, strict=True):
         number = re.search(r"ILSVRC2012_val_(\d{8})", image.name)
@@ -156,7 +206,7 @@ def _real(path: Path, predictions: Predictions) -> dict[str, float]:
             raise UserError(f"{image.name} is none of the {len(labels)} images of {path}: ILSVRC2012_val_00000001 ...")
         if accepted := labels[int(number[1]) - 1]:
             counted += 1
-            right += int(row.argmax()) in accepted
+            right += int(row.argmax()) in {places[synsets[i]] for i in accepted}
     if not counted:
         raise UserError(f"{path} has no label for any of the images.")
-    return dict(real_top1=100 * right / counted, real_images=counted)
+    return dict(real_top1=100 * right / counted, real_images=counted, real_unlabelled=len(predictions.images) - counted)

@@ -12,11 +12,9 @@ process writes its own shards.
 import argparse
 from pathlib import Path
 
-import torch
-
 from ..errors import UserError
-from ..training.embeddings import FORMATS, KINDS, PRECISIONS, Extractor, extract
-from ..training.models import add_model_flags, model_from_flags
+from ..training.embeddings import FORMATS, KINDS, Extractor, extract
+from ..training.models import add_computing_flags, add_model_flags, fraction, model_from_flags
 from ..training.splits import find_images, read_data
 
 
@@ -28,7 +26,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         choices=("train", "val", "test"),
         help="a part of labelled data, with its labels",
     )
-    add("--val-fraction", type=float, default=0.1, help="with --split: what a run held out of data without parts")
+    add("--val-fraction", type=fraction, default=0.1, help="with --split: what a run held out of data without parts")
     add("--seed", type=int, default=0, help="with --split: of what it held out")
     add("--output", default=Path("features.safetensors"), type=Path, help="file or folder to write")
     add_model_flags(parser)
@@ -38,11 +36,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--shard-size", type=int, default=4096, help="images per shard")
     add("--shard-format", choices=[suffix[1:] for suffix in FORMATS], default="safetensors")
     add("--resume", action="store_true", help="go on with a folder of shards")
-    add("--batch-size", type=int, default=64)
-    add("--num-workers", type=int, default=4, help="processes that load images")
-    add("--precision", choices=PRECISIONS, default="float32", help="of the computation")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
+    add_computing_flags(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -11,57 +11,67 @@ import argparse
 import csv
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
-import torch
-from timm.data import create_transform
 from timm.data.model_config import resolve_input_data_config
 
 from ..errors import UserError
 from ..training.decoding import Encoded, ImageFile, describe
-from ..training.evaluation import PRECISIONS
-from ..training.images import ImageSet, make_loader, read_batches
-from ..training.models import add_model_flags, class_names, is_multi_label, model_from_flags, readable
+from ..training.evaluation import classify
+from ..training.models import (
+    add_computing_flags,
+    add_model_flags,
+    add_preprocessing_flags,
+    class_names,
+    is_multi_label,
+    model_from_flags,
+    positive,
+    probability,
+    readable,
+)
 from ..training.run_state import writing
 from ..training.splits import find_images
 
-_CHUNK = 1024  # paths of standard input that are looked at together
+UNSURE = "_unsure"
+_CHUNK = 64  # batches of paths from standard input for which workers are started; without workers it is one
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("sources", nargs="+", metavar="SOURCE", help="files, folders, tables, shards, or - for paths on standard input")
     add_model_flags(parser)
-    add("--top-k", type=int, default=5, help="classes per image, the most probable ones")
-    add("--threshold", type=float, default=0.5, help="for models of several labels: all classes above it")
+    add_preprocessing_flags(parser)
+    add("--top-k", type=positive, default=5, help="classes per image, the most probable ones")
+    add("--threshold", type=probability, default=0.5, help="for models of several labels: all classes above it")
     add("--format", choices=("table", "csv", "jsonl"), default="table")
     add("--output", type=Path, help="file to write; by default standard output")
     add("--sort-into", type=Path, metavar="DIR", help="copy each image into a folder of its class")
-    add("--min-probability", type=float, default=0.0, help="with --sort-into: less sure ones go into DIR/_unsure")
-    add("--batch-size", type=int, default=64)
-    add("--num-workers", type=int, default=0, help="processes that load images")
-    add("--precision", choices=PRECISIONS, default="float32", help="of the computation")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--skip-unreadable", action="store_true", help="leave out images that cannot be read, and say so")
+    add("--min-probability", type=probability, default=0.0, help="with --sort-into: less sure ones go into DIR/_unsure")
+    add_computing_flags(parser, workers=0)
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.top_k < 1:
-        raise UserError(f"--top-k must be at least 1, got {args.top_k}.")
     chunks = _chunks(args)  # better known before weights are loaded
     model = model_from_flags(args, None)
-    names, skipped = class_names(model), []
+    names, skipped, count = class_names(model), [], 0
+    folders = {} if args.sort_into is None else _folders(names)
     with _writer(args) as write:
         for images in chunks:
             for image, found in _predict(args, model, names, images, skipped):
                 write(image, found)
+                count += 1
                 if args.sort_into is not None:
-                    _sort_into(args.sort_into, image, found, args.min_probability)
+                    sure = bool(found) and found[0][1] >= args.min_probability
+                    _copy(image, args.sort_into / (folders[found[0][0]] if sure else UNSURE))
+        if skipped and not count:
+            raise UserError(f"None of the {len(skipped)} images can be read.")
     if skipped:
         print(f"skipped {len(skipped)} images that cannot be read", file=sys.stderr)
 
@@ -73,23 +83,22 @@ def _chunks(args: argparse.Namespace) -> Iterator[Sequence[Encoded]]:
             inside = [f for f in folders if args.sort_into.resolve().is_relative_to(Path(f).resolve())]
             if inside:
                 raise UserError(f"--sort-into {args.sort_into} must not lie in what is sorted, {inside[0]}.")
+        if missing := [source for source in args.sources if not Path(source).exists()]:
+            if missing[0] == "-":
+                raise UserError("-, standard input, must be the only source.")
+            if "{" not in missing[0]:  # train-{000..009}.tar names shards
+                raise UserError(f"There is no file or folder {missing[0]}.")
         return iter([find_images(args.sources)])
-    return _from_stdin()
+    return _from_stdin(args.batch_size * (_CHUNK if args.num_workers else 1))
 
 
-def _from_stdin() -> Iterator[list[Encoded]]:
-    chunk = []
-    for line in sys.stdin:
-        if path := line.rstrip("\n"):
-            chunk.append(ImageFile(Path(path).as_posix(), path))
-        if len(chunk) == _CHUNK:
-            yield chunk
-            chunk = []
-    if chunk:
+def _from_stdin(size: int) -> Iterator[list[Encoded]]:
+    """The images of standard input, as many at a time. A path is bytes, in whatever encoding its file was named."""
+    paths = filter(None, (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer))
+    while chunk := [ImageFile(Path(path).as_posix(), path) for path in islice(paths, size)]:
         yield chunk
 
 
-@torch.inference_mode()
 def _predict(args, model, names: Sequence[str], images: Sequence[Encoded], skipped: list) -> Iterator[tuple]:
     """Each image with its classes and their probabilities, the greatest first."""
 
@@ -97,20 +106,22 @@ def _predict(args, model, names: Sequence[str], images: Sequence[Encoded], skipp
         print(f"skipped: {error}", file=sys.stderr)
         skipped.append(error)
 
-    device = torch.device(args.device)
-    model, data_config = model.to(device), resolve_input_data_config(model, dict(img_size=args.img_size))
-    image_set = ImageSet(images, None, data_config["input_size"][0], create_transform(**data_config))
-    loader = make_loader(image_set, args.batch_size, args.num_workers)
-    dtype, several = PRECISIONS[args.precision], is_multi_label(model)
-    autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-    for batch, indices in read_batches(loader, skip if args.skip_unreadable else None):
-        with autocast:
-            logits = model(batch.to(device))
-        logits = logits.float()
-        probabilities = logits.sigmoid() if several else logits.softmax(dim=1)
-        count = len(names) if several else min(args.top_k, len(names))
-        values, classes = probabilities.topk(count)
-        for index, row, found in zip(indices.tolist(), values.tolist(), classes.tolist(), strict=True):
+    several = is_multi_label(model)
+    asked = {key: getattr(args, key) for key in ("img_size", "crop_pct", "interpolation")}
+    batches = classify(
+        model,
+        images,
+        resolve_input_data_config(model, asked),
+        multi_label=several,
+        batch_size=args.batch_size,
+        workers=args.num_workers,
+        precision=args.precision,
+        device=args.device,
+        on_error=skip if args.skip_unreadable else None,
+    )
+    for indices, probabilities in batches:
+        values, classes = probabilities.topk(len(names) if several else min(args.top_k, len(names)))
+        for index, row, found in zip(indices, values.tolist(), classes.tolist(), strict=True):
             pairs = [(names[c], p) for c, p in zip(found, row, strict=True) if not several or p > args.threshold]
             yield images[index], pairs
 
@@ -118,11 +129,13 @@ def _predict(args, model, names: Sequence[str], images: Sequence[Encoded], skipp
 @contextmanager
 def _writer(args: argparse.Namespace):
     if args.output is None:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="surrogateescape")  # names of files are bytes, whatever the terminal's are
         yield _formatter(args, sys.stdout)
         return
     temporary = args.output.with_name(f"{args.output.name}.tmp")
     try:
-        with writing(args.output), open(temporary, "w", newline="", encoding="utf-8") as file:
+        with writing(args.output), open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             yield _formatter(args, file)
         os.replace(temporary, args.output)
     finally:
@@ -138,12 +151,13 @@ def _formatter(args: argparse.Namespace, file: TextIO):
         if args.format == "jsonl":
             classes = [{"class": name, "probability": round(p, 6)} for name, p in found]
             print(
-                json.dumps({"image": describe(image), "predictions": classes}, ensure_ascii=False),
+                json.dumps({"image": describe(image), "predictions": classes}),
                 file=file,
                 flush=True,
             )
         elif args.format == "csv":
-            writer.writerows([describe(image), rank, name, f"{p:.6f}"] for rank, (name, p) in enumerate(found, start=1))
+            rows = [[rank, name, f"{p:.6f}"] for rank, (name, p) in enumerate(found, start=1)]
+            writer.writerows([describe(image), *row] for row in rows or [["", "", ""]])  # an image without a label
             file.flush()
         else:
             print(describe(image) + "  " + "  ".join(f"{readable(n)} {p:.1%}" for n, p in found), file=file, flush=True)
@@ -151,17 +165,30 @@ def _formatter(args: argparse.Namespace, file: TextIO):
     return write
 
 
-def _sort_into(folder: Path, image: Encoded, found: list[tuple[str, float]], minimum: float) -> None:
+def _folders(names: Sequence[str]) -> dict[str, str]:
+    """A folder for each class: its name, with _ for what the name of a folder cannot hold."""
+    folders = {}
+    for name in names:
+        folder = re.sub(r'[\\/:*?"<>|\x00-\x1f]', "_", name)
+        folder = folder if folder.strip(". ") else "_"  # "." and ".." lead elsewhere
+        if folder == UNSURE or folder in folders.values():
+            raise UserError(f"--sort-into cannot give the class {name!r} a folder of its own: {folder} is taken.")
+        folders[name] = folder
+    return folders
+
+
+def _copy(image: Encoded, folder: Path) -> None:
     """Copies the image whole or not at all; never over another one."""
-    name, sure = found[0] if found else ("_unsure", 0.0)
-    target = folder / ("_unsure" if sure < minimum else name.replace("/", "_"))
-    with writing(target):
-        target.mkdir(parents=True, exist_ok=True)
+    with writing(folder, "choose another --sort-into"):
+        folder.mkdir(parents=True, exist_ok=True)
         base = Path(image.name).name
-        temporary = target / f".{base}.tmp"
-        with image.open() as source, open(temporary, "wb") as copy:
-            shutil.copyfileobj(source, copy)
-        path, number = target / base, 1
-        while path.exists():
-            path, number = target / f"{Path(base).stem}_{number}{Path(base).suffix}", number + 1
-        os.replace(temporary, path)
+        temporary = folder / f".{base}.tmp"
+        try:
+            with image.open() as source, open(temporary, "wb") as copy:
+                shutil.copyfileobj(source, copy)
+            path, number = folder / base, 1
+            while path.exists():
+                path, number = folder / f"{Path(base).stem}_{number}{Path(base).suffix}", number + 1
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)

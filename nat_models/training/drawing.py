@@ -10,6 +10,7 @@ from .decoding import Encoded, decode
 
 LARGEST_MATRIX = 50  # classes; of more, those that are confused most
 _THUMBNAIL = 160  # pixels
+_PLAIN = dict(parse_math=False)  # names of classes are no formulas, whatever signs they hold
 
 
 def png(figure: Figure) -> bytes:
@@ -34,8 +35,8 @@ def draw_confusion(matrix: np.ndarray, names: Sequence[str]) -> Figure:
     axes = figure.subplots()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     short = [name if len(name) <= 18 else f"{name[:17]}…" for name in names]
-    axes.set_xticks(range(len(names)), short, rotation=90)
-    axes.set_yticks(range(len(names)), short)
+    axes.set_xticks(range(len(names)), short, rotation=90, **_PLAIN)
+    axes.set_yticks(range(len(names)), short, **_PLAIN)
     axes.set(xlabel="predicted", ylabel="true", title=title)
     for i, j in zip(*np.nonzero(matrix), strict=True):
         colour = "white" if shares[i, j] > 0.5 else "black"
@@ -71,6 +72,6 @@ def draw_sheet(images: Sequence[tuple[Encoded, str]], title: str, columns: int =
         picture = decode(image, 3)
         picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
         axes.imshow(picture)
-        axes.set_title(caption, fontsize=7)
+        axes.set_title(caption, fontsize=7, **_PLAIN)
     figure.suptitle(title, fontsize=10)
     return figure

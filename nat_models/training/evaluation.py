@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from timm.data import create_transform
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics.functional.classification import (
     binary_calibration_error,
     multiclass_confusion_matrix,
@@ -22,7 +22,7 @@ from torchmetrics.functional.classification import (
 )
 
 from ..errors import UserError
-from .decoding import Encoded
+from .decoding import Encoded, describe
 from .drawing import draw_confusion, draw_reliability, draw_sheet, png
 from .images import ImageSet, make_loader, read_batches
 from .models import PRECISIONS, readable
@@ -30,6 +30,8 @@ from .report import track
 from .run_state import write_atomically
 
 BINS = 15  # of the calibration error, as in Guo et al., arXiv:1706.04599
+_WHOLE_MATRIX = 1000  # classes
+_SHEET = 24  # mistakes that are shown
 _WARM_UP = 2  # batches that are not timed: first use allocates and chooses kernels
 
 
@@ -53,6 +55,53 @@ class Predictions:
 
 
 @torch.inference_mode()
+def classify(
+    model: nn.Module,
+    images: Sequence[Encoded],
+    data_config: dict,
+    *,
+    multi_label: bool = False,
+    batch_size: int = 64,
+    workers: int = 0,
+    precision: str = "float32",
+    device: str = "cpu",
+    on_error: Callable[[UserError], None] | None = None,
+    description: str = "",
+) -> Iterator[tuple[list[int], Tensor]]:
+    """What a model says of images, batch by batch: their indices, and probabilities [B, classes] in float32.
+
+    Args:
+        model: A timm model.
+        images: In the order of the answers.
+        data_config: The preprocessing, in timm's words.
+        multi_label: Each output is a question of its own: sigmoid instead of softmax.
+        batch_size: Images per step.
+        workers: Processes that load images.
+        precision: Of the computation.
+        device: What to compute on.
+        on_error: Is told of each image that cannot be read; None: the first one is raised.
+        description: Of the line of progress; none without.
+
+    Raises:
+        UserError: An image cannot be read, or what the model computes of one is not finite.
+    """
+    target, dtype = torch.device(device), PRECISIONS[precision]
+    model = model.to(target).eval()
+    image_set = ImageSet(images, None, data_config["input_size"][0], create_transform(**data_config))
+    loader = make_loader(image_set, batch_size, workers)
+    autocast = nullcontext() if dtype == torch.float32 else torch.autocast(target.type, dtype)
+    for batch, indices in read_batches(track(loader, description), on_error):
+        with autocast:
+            logits = model(batch.to(target))
+        logits = logits.float()
+        probabilities = (logits.sigmoid() if multi_label else logits.softmax(dim=1)).cpu()
+        found = indices.tolist()
+        if not (finite := probabilities.isfinite().all(dim=1)).all():
+            first = images[found[int((~finite).nonzero()[0])]]
+            raise UserError(f"What the model computes of {describe(first)} in {precision} is not finite.")
+        yield found, probabilities
+
+
 def predict(
     model: nn.Module,
     images: Sequence[Encoded],
@@ -66,26 +115,28 @@ def predict(
     skip_unreadable: bool = False,
     description: str = "images",
 ) -> Predictions:
-    """Runs a model over images.
+    """All that `classify` says, and how fast.
 
     Raises:
-        UserError: An image cannot be read; with skip_unreadable, none can.
+        UserError: As `classify`; with skip_unreadable, no image can be read.
     """
-    device, unreadable = torch.device(device), []
-    model = model.to(device).eval()
-    image_set = ImageSet(images, None, data_config["input_size"][0], create_transform(**data_config))
-    loader = make_loader(image_set, batch_size, workers)
-    dtype = PRECISIONS[precision]
-    autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-    rows, kept, started, timed = [], [], time.perf_counter(), 0
-    batches = read_batches(track(loader, description), unreadable.append if skip_unreadable else None)
-    for number, (batch, indices) in enumerate(batches):
-        with autocast:
-            logits = model(batch.to(device))
-        logits = logits.float()
-        rows.append((logits.sigmoid() if multi_label else logits.softmax(dim=1)).cpu())
-        kept += indices.tolist()
-        if number + 1 == _WARM_UP < len(loader):
+    unreadable, rows, kept, started, timed = [], [], [], time.perf_counter(), 0
+    batches = classify(
+        model,
+        images,
+        data_config,
+        multi_label=multi_label,
+        batch_size=batch_size,
+        workers=workers,
+        precision=precision,
+        device=device,
+        on_error=unreadable.append if skip_unreadable else None,
+        description=description,
+    )
+    for number, (indices, probabilities) in enumerate(batches, start=1):
+        rows.append(probabilities)
+        kept += indices
+        if number == _WARM_UP < len(images) / batch_size:
             started, timed = time.perf_counter(), len(kept)
     if not kept:
         raise UserError(f"None of the {len(images)} images can be read.")
@@ -102,12 +153,16 @@ class Judgement:
         figures: By name; percent, but for cross_entropy.
         per_class: A row per class: precision, recall, f1 in percent, and support.
         confusion: [true, predicted] counts; None for several labels.
+        confusion_names: The classes of its rows and columns: all of up to 1,000, of more those that occur.
+        multi_label: Whether an image has any number of labels.
     """
 
     names: list[str]
     figures: dict[str, float]
     per_class: list[dict]
     confusion: np.ndarray | None
+    confusion_names: list[str]
+    multi_label: bool
 
 
 def judge(probabilities: np.ndarray, targets: Sequence, names: Sequence[str], multi_label: bool = False) -> Judgement:
@@ -133,8 +188,9 @@ def judge(probabilities: np.ndarray, targets: Sequence, names: Sequence[str], mu
             map=100 * multilabel_average_precision(found, truth, classes).item(),
             exact=100 * right.all(dim=1).double().mean().item(),
             cross_entropy=loss.item(),
+            ece=100 * binary_calibration_error(found.flatten(), truth.flatten(), n_bins=BINS).item(),
         )
-        confusion = None
+        confusion, kept = None, torch.empty(0)
     else:
         truth = torch.as_tensor(targets, dtype=torch.long)
         scores = multiclass_stat_scores(found, truth, classes, average=None)
@@ -149,7 +205,10 @@ def judge(probabilities: np.ndarray, targets: Sequence, names: Sequence[str], mu
             cross_entropy=-own.log().mean().item(),
             ece=100 * binary_calibration_error(*_as_binary(confidence, hits[:, 0]), n_bins=BINS).item(),
         )
-        confusion = multiclass_confusion_matrix(found, truth, classes).numpy()
+        # Of the 21,841 classes of ImageNet-22k a whole matrix would take 4 GB.
+        kept = torch.arange(classes) if classes <= _WHOLE_MATRIX else torch.cat([truth, order[:, 0]]).unique()
+        places = (torch.searchsorted(kept, x.contiguous()) for x in (order[:, 0], truth))
+        confusion = multiclass_confusion_matrix(*places, max(2, len(kept))).numpy()[: len(kept), : len(kept)]
     true_positives, false_positives, _, false_negatives, support = scores.double().unbind(dim=1)
     precision = true_positives / (true_positives + false_positives).clamp_min(1)
     recall = true_positives / support.clamp_min(1)
@@ -157,11 +216,15 @@ def judge(probabilities: np.ndarray, targets: Sequence, names: Sequence[str], mu
     occurs = true_positives + false_positives + false_negatives > 0
     for name, values in (("macro_precision", precision), ("macro_recall", recall), ("macro_f1", f1)):
         figures[name] = 100 * values[occurs].mean().item()
+    if multi_label:
+        right, wrong = true_positives.sum(), (false_positives + false_negatives).sum()
+        figures["micro_f1"] = 100 * (2 * right / (2 * right + wrong).clamp_min(1)).item()
     per_class = [
         {"class": n, "precision": 100 * p, "recall": 100 * r, "f1": 100 * f, "support": int(s)}
         for n, p, r, f, s in zip(names, precision.tolist(), recall.tolist(), f1.tolist(), support.tolist(), strict=True)
     ]
-    return Judgement(list(names), figures, per_class, confusion)
+    kept_names = [names[i] for i in kept.tolist()]
+    return Judgement(list(names), figures, per_class, confusion, kept_names, multi_label)
 
 
 def _as_binary(confidence: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -191,8 +254,8 @@ def mistakes(predictions: Predictions, targets: Sequence[int], names: Sequence[s
 def write_report(
     folder: Path, predictions: Predictions, targets: Sequence, judgement: Judgement, more: dict | None = None
 ) -> None:
-    """Writes metrics.json and per_class.csv; for one label per image also confusion.csv and .png, reliability.png, and
-    mistakes.csv and .png.
+    """Writes metrics.json, per_class.csv, reliability.png, mistakes.csv and .png; for one label per image also
+    confusion.csv and .png.
 
     Args:
         folder: Is made.
@@ -202,32 +265,68 @@ def write_report(
         more: More entries of metrics.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    names = [readable(name) for name in judgement.names]
     metrics = (more or {}) | judgement.figures | dict(images_per_second=predictions.images_per_second)
     metrics["images"] = len(predictions.images)
     write_atomically(folder / "metrics.json", json.dumps(metrics, indent=2))
     write_atomically(folder / "per_class.csv", table(judgement.per_class))
-    if judgement.confusion is None:
-        return
-    rows = [{"true": n, **dict(zip(judgement.names, row.tolist(), strict=True))} for n, row in _rows(judgement)]
-    write_atomically(folder / "confusion.csv", table(rows))
-    write_atomically(folder / "confusion.png", png(draw_confusion(judgement.confusion, names)))
-    right = predictions.probabilities.argmax(axis=1) == np.asarray(targets)
-    confidence = predictions.probabilities.max(axis=1)
-    write_atomically(folder / "reliability.png", png(draw_reliability(confidence, right, BINS)))
-    wrong = mistakes(predictions, targets, judgement.names)
-    fields = ("image", "true", "predicted", "probability", "probability_of_true")
-    write_atomically(folder / "mistakes.csv", table([{k: row[k] for k in fields} for row in wrong], fields))
-    shown = []
-    for row in wrong[:24]:
-        caption = f"true {readable(row['true'])}\n{readable(row['predicted'])} {row['probability']:.0%}"
-        shown.append((predictions.images[row["index"]], caption))
-    title = f"{len(wrong):,} of {len(targets):,} images named wrongly, the surest first"
+    for name in ("confusion.csv", "confusion.png"):
+        (folder / name).unlink(missing_ok=True)  # of an earlier report
+    if judgement.confusion is not None:
+        shown_names = [readable(name) for name in judgement.confusion_names]
+        write_atomically(folder / "confusion.csv", _matrix(judgement))
+        write_atomically(folder / "confusion.png", png(draw_confusion(judgement.confusion, shown_names)))
+    answers = _answers(predictions, targets, judgement)
+    write_atomically(folder / "reliability.png", png(draw_reliability(*answers, BINS)))
+    find = label_mistakes if judgement.multi_label else mistakes
+    wrong = find(predictions, targets, judgement.names)
+    fields = ("label", "true", "probability")
+    if not judgement.multi_label:
+        fields = ("true", "predicted", "probability", "probability_of_true")
+    rows = [{k: row[k] for k in ("image", *fields)} for row in wrong]
+    write_atomically(folder / "mistakes.csv", table(rows, ("image", *fields)))
+    shown = [(predictions.images[row["index"]], _caption(row)) for row in wrong[:_SHEET]]
+    what = "answers are wrong" if judgement.multi_label else "images named wrongly"
+    title = f"{len(wrong):,} of {len(answers[0]):,} {what}, the surest first"
     write_atomically(folder / "mistakes.png", png(draw_sheet(shown, title)))
 
 
-def _rows(judgement: Judgement):
-    return zip(judgement.names, judgement.confusion, strict=True)
+def _answers(predictions: Predictions, targets: Sequence, judgement: Judgement) -> tuple[np.ndarray, np.ndarray]:
+    """The probability of each answer, and whether it is true."""
+    found = predictions.probabilities
+    if judgement.multi_label:
+        truth = np.zeros(found.shape, dtype=bool)
+        for row, labels in zip(truth, targets, strict=True):
+            row[list(labels)] = True
+        return found.ravel(), truth.ravel()
+    return found.max(axis=1), found.argmax(axis=1) == np.asarray(targets)
+
+
+def label_mistakes(predictions: Predictions, targets: Sequence[Sequence[int]], names: Sequence[str]) -> list[dict]:
+    """Labels that were given wrongly or missed, the surest first; the probability is that of the label."""
+    rows = []
+    for index, (found, labels) in enumerate(zip(predictions.probabilities, targets, strict=True)):
+        truth = np.isin(np.arange(len(names)), list(labels))
+        for label in np.flatnonzero((found > 0.5) != truth).tolist():
+            true = "yes" if truth[label] else "no"
+            row = {"image": predictions.images[index].name, "label": names[label], "true": true}
+            rows.append({**row, "probability": round(float(found[label]), 4), "index": index})
+    return sorted(rows, key=lambda row: -abs(row["probability"] - 0.5))
+
+
+def _caption(row: dict) -> str:
+    if "label" in row:
+        return f"{'missed' if row['true'] == 'yes' else 'not'} {readable(row['label'])}\n{row['probability']:.0%}"
+    return f"true {readable(row['true'])}\n{readable(row['predicted'])} {row['probability']:.0%}"
+
+
+def _matrix(judgement: Judgement) -> str:
+    """The confusion matrix as CSV: a column of the true classes, and one for each that was predicted."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["true", *judgement.confusion_names])
+    rows = zip(judgement.confusion_names, judgement.confusion.tolist(), strict=True)
+    writer.writerows([name, *row] for name, row in rows)
+    return text.getvalue()
 
 
 def table(rows: Sequence[dict], fields: Sequence[str] = ()) -> str:

@@ -4,9 +4,11 @@ import csv
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +22,8 @@ from nat_models.cli import main
 from nat_models.errors import UserError
 from nat_models.training.evaluation import judge
 from nat_models.training.models import class_names, make_model, readable, resolve_name
-from tests.training.conftest import fit, make_settings
+from nat_models.training.publishing import save_model
+from tests.training.conftest import TINY, fit, make_settings
 
 
 def _probabilities(images: int, classes: int) -> np.ndarray:
@@ -71,7 +74,8 @@ def rows(path: Path) -> list[dict]:
 
 
 def test_a_report_has_every_file_and_counts_every_image(data, trained, tmp_path):
-    assert evaluate("--model", trained, "--data", data, "--output", tmp_path / "r") == 0
+    copy = shutil.copytree(trained / "best", tmp_path / "best")  # in no run's folder: nothing says what was held out
+    assert evaluate("--model", copy, "--data", data, "--output", tmp_path / "r") == 0
     tables = {"metrics.json", "per_class.csv", "confusion.csv", "mistakes.csv"}
     pictures = {"confusion.png", "mistakes.png", "reliability.png"}
     assert {path.name for path in (tmp_path / "r").iterdir()} == tables | pictures
@@ -84,8 +88,8 @@ def test_a_report_has_every_file_and_counts_every_image(data, trained, tmp_path)
 
 
 def test_what_a_run_held_out_is_evaluated_as_the_run_did(data, trained, tmp_path):
-    held_out = ["--split", "val", "--val-fraction", "0.25"]
-    assert evaluate("--model", trained / "last", "--data", data, *held_out, "--output", tmp_path / "r") == 0
+    # Without a word: a run's own data are not evaluated on what it was trained on, and val_fraction is its own.
+    assert evaluate("--model", trained / "last", "--data", data, "--output", tmp_path / "r") == 0
     metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
     last = rows(trained / "summary.csv")[-1]
     assert metrics["images"] == 12
@@ -108,6 +112,17 @@ def test_classes_are_matched_by_name_whatever_their_order_and_mistakes_are_liste
     assert ((sheet[..., 0] > sheet[..., 1] + 60) & (sheet[..., 0] > sheet[..., 2] + 60)).sum() > 1000
     sure = [float(row["probability"]) for row in found]
     assert sure == sorted(sure, reverse=True) and len(sure) == round(36 * (1 - metrics["top1"] / 100))
+
+
+def test_runs_that_held_out_different_images_are_not_compared(data, trained, tmp_path, capsys):
+    other = shutil.copytree(trained, tmp_path / "other")
+    config = (other / "config.yaml").read_text()
+    assert "seed: 0" in config
+    (other / "config.yaml").write_text(config.replace("seed: 0", "seed: 1"))
+    models = ["--model", trained, other, "--data", data]
+    assert evaluate(*models) == 2
+    assert "held out different parts" in capsys.readouterr().err
+    assert evaluate(*models, "--seed", "0") == 0
 
 
 def test_several_checkpoints_are_compared(data, trained, tmp_path, capsys):
@@ -137,8 +152,10 @@ def test_imagenet_real_counts_what_any_rater_saw(tmp_path, monkeypatch):
     metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
     assert (metrics["real_top1"], metrics["real_images"]) == (50, 2)
     assert "published_top1" not in metrics  # these are not the published weights
-    (tmp_path / "real.json").write_text("[[1]]")
-    assert evaluate(*flags) == 2
+    assert metrics["real_unlabelled"] == 1
+    for wrong in ("[[1]]", '{"1": [1]}', "[[1], [1], [1000]]"):
+        (tmp_path / "real.json").write_text(wrong)
+        assert evaluate(*flags) == 2
 
 
 @pytest.mark.parametrize(
@@ -149,12 +166,29 @@ def test_imagenet_real_counts_what_any_rater_saw(tmp_path, monkeypatch):
         (["--data", "nowhere"], "There is no folder"),
         (["--data", "colours", "--model", "empty"], "empty holds no config.json of a model, but nothing"),
         (["--data", "colours", "--model", "nat_mino"], "Unknown model 'nat_mino'"),
+        (["--data", "colours", "--model", "nat_mini.nothing"], "Invalid pretrained tag"),
+        (["--data", "colours", "--model", "gone/best"], "There is no folder gone/best"),
+        (["--data", "colours", "--model", "local-dir:gone"], "There is no folder gone"),
+        (["--data", "colours", "--model", "broken"], "config.json cannot be read"),
+        (["--data", "colours", "--model", "foreign"], "config.json names no architecture that timm knows"),
+        (["--data", "colours", "--model", "a/b", "a_b", "--output", "r"], "--model names a_b twice, or another model"),
+        (["--data", "colours", "--model", "a/b", "a/b"], "--model names a/b twice"),
+        (["--data", "colours", "--model", "a/b", "a_b", "--checkpoint", "x.pth"], "--checkpoint .* for one --model"),
+        (["--data", "colours", "--img-size", "0"], "--img-size: must be an integer of at least 1, got '0'"),
+        (["--data", "colours", "--batch-size", "0"], "--batch-size: must be an integer of at least 1"),
+        (["--data", "colours", "--num-workers", "-1"], "--num-workers: must be an integer of at least 0"),
+        (["--data", "colours", "--crop-pct", "0"], "--crop-pct: must be above 0 and at most 1"),
+        (["--data", "colours", "--interpolation", "cubic"], "--interpolation: invalid choice"),
+        (["--data", "colours", "--device", "nonsense"], "--device: 'nonsense' cannot be used"),
     ],
 )
 def test_a_mistake_is_one_line(data, trained, tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "strangers").mkdir()
+    for name, text in dict(broken="{", foreign='{"architectures": []}').items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
     (tmp_path / "strangers" / "orange").symlink_to(data / "red")
     (tmp_path / "colours").symlink_to(data)
     assert evaluate(*(flags if "--model" in flags else ["--model", trained, *flags])) == 2
@@ -190,11 +224,26 @@ def test_csv_has_a_row_per_class_and_a_table_a_line_per_image(data, trained, tmp
     assert len(capsys.readouterr().out.splitlines()) == 18
 
 
-def test_paths_come_from_standard_input(data, trained, monkeypatch, capsys):
-    paths = [str(data / "red" / f"{i}.png") for i in (5, 1)]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(paths) + "\n"))
+def test_paths_come_from_standard_input(data, trained, tmp_path, monkeypatch, capsys):
+    odd = os.path.join(os.fsencode(tmp_path), b"caf\xe9.png")  # not UTF-8
+    shutil.copy(data / "red" / "1.png", odd)
+    paths = [os.fsencode(data / "red" / f"{i}.png") for i in (5, 1)] + [odd]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(paths) + b"\n\n"), encoding="utf-8"))
     assert predict(trained, "-", "--format", "jsonl") == 0
-    assert [json.loads(line)["image"] for line in capsys.readouterr().out.splitlines()] == paths
+    assert [os.fsencode(json.loads(line)["image"]) for line in capsys.readouterr().out.splitlines()] == paths
+
+
+def test_a_path_on_standard_input_is_answered_before_the_next_one_comes(data, trained, monkeypatch):
+    written = io.StringIO()
+
+    def lines():
+        for i in (5, 1):
+            yield os.fsencode(data / "red" / f"{i}.png") + b"\n"
+            assert f"{i}.png" in written.getvalue()  # who asks for the next one has answered
+
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=lines()))
+    monkeypatch.setattr(sys, "stdout", written)
+    assert predict(trained, "-", "--batch-size", "1") == 0
 
 
 def test_an_unreadable_image_is_an_error_or_is_skipped_and_counted(data, trained, tmp_path, capsys):
@@ -206,6 +255,8 @@ def test_an_unreadable_image_is_an_error_or_is_skipped_and_counted(data, trained
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 1
     assert "torn.png cannot be read" in err and err.endswith("skipped 1 images that cannot be read\n")
+    assert predict(trained, arguments[0], "--skip-unreadable", "--output", tmp_path / "p") == 2  # nothing is left
+    assert not list(tmp_path.glob("p*"))
 
 
 def test_images_are_sorted_by_class_and_none_is_overwritten(data, trained, tmp_path):
@@ -213,9 +264,9 @@ def test_images_are_sorted_by_class_and_none_is_overwritten(data, trained, tmp_p
     assert predict(trained, *sources, "--sort-into", tmp_path / "s") == 0
     sorted_ = [path for path in (tmp_path / "s").rglob("*") if path.is_file()]
     assert len(sorted_) == 36 and {path.parent.name for path in sorted_} <= {"red", "green", "blue"}
-    assert predict(trained, data / "red" / "1.png", "--sort-into", tmp_path / "s", "--min-probability", "1.1") == 0
+    assert predict(trained, data / "red" / "1.png", "--sort-into", tmp_path / "s", "--min-probability", "1") == 0
     assert [path.name for path in (tmp_path / "s" / "_unsure").iterdir()] == ["1.png"]
-    assert predict(trained, data / "red" / "1.png", "--sort-into", tmp_path / "s", "--min-probability", "1.1") == 0
+    assert predict(trained, data / "red" / "1.png", "--sort-into", tmp_path / "s", "--min-probability", "1") == 0
     assert sorted(path.name for path in (tmp_path / "s" / "_unsure").iterdir()) == ["1.png", "1_1.png"]
     assert predict(trained, data, "--sort-into", data / "sorted") == 2
 
@@ -228,11 +279,16 @@ def test_whoever_reads_no_further_ends_the_command_quietly(data, trained):
     assert (done.returncode, done.stderr, done.stdout.count("\n")) == (0, "", 1)
 
 
-def test_names_of_models_and_classes(trained):
+def test_names_of_models_and_classes(trained, monkeypatch):
     assert resolve_name(str(trained)) == f"local-dir:{trained}/best"
     assert resolve_name(str(trained / "last")) == f"local-dir:{trained}/last"
     assert resolve_name("nat_tiny") == "nat_tiny"
+    monkeypatch.chdir(trained.parent)
+    shutil.copytree(trained, "nat_tiny")
+    assert resolve_name("nat_tiny") == "nat_tiny"  # a run in a folder of this name does not take its place
+    assert resolve_name("./nat_tiny") == "local-dir:nat_tiny/best"
     assert readable("n01440764") == "tench" and readable("red") == "red"
+    assert readable("n00004475") == "organism" and readable("n99999999") == "n99999999"  # of ImageNet-22k; of none
 
 
 def test_a_run_loads_in_transformers(data, trained):
@@ -252,3 +308,81 @@ def test_a_run_has_a_card_with_its_figures_and_recipe(trained):
     assert card.startswith("---\nlibrary_name: timm\n")
     assert "Classes: blue, green, red" in card and "| top1 | " in card
     assert "lr: 0.002" in card and "weight_decay" not in card
+
+
+def save(folder: Path, names: list[str], multi_label: bool = False, bias: float | None = None) -> Path:
+    """An untrained network, whose answers differ from image to image."""
+    torch.manual_seed(0)
+    model = timm.create_model("nat_mini", num_classes=len(names), **TINY["model_kwargs"])
+    torch.nn.init.normal_(model.head.fc.weight, std=2)
+    if bias is not None:
+        torch.nn.init.constant_(model.head.fc.bias, bias)
+    folder.mkdir()
+    config = dict(label_names=names, problem_type="multi_label_classification" if multi_label else None)
+    save_model(model, folder, model_config=config, data_config=dict(input_size=(3, 32, 32)))
+    return folder
+
+
+def test_names_of_classes_are_taken_as_they_are(data, tmp_path):
+    names = ["true", "$x^$", "count"]  # a column's name, a broken formula
+    (tmp_path / "d").mkdir()
+    for name, colour in zip(names, ("red", "green", "blue"), strict=True):
+        (tmp_path / "d" / name).symlink_to(data / colour)
+    model = save(tmp_path / "m", names)
+    assert evaluate("--model", model, "--data", tmp_path / "d", "--output", tmp_path / "r") == 0
+    with open(tmp_path / "r" / "confusion.csv", newline="") as file:
+        table = list(csv.reader(file))
+    assert table[0] == ["true", *names] and [row[0] for row in table[1:]] == names
+    assert [sum(map(int, row[1:])) for row in table[1:]] == [18, 18, 18]
+
+
+def test_what_is_no_number_is_an_error_that_names_the_image(data, tmp_path, capsys):
+    model = save(tmp_path / "m", ["red", "green", "blue"], bias=float("nan"))
+    assert predict(model, data / "red" / "1.png") == 2
+    assert f"{data / 'red' / '1.png'} in float32 is not finite" in capsys.readouterr().err
+    assert evaluate("--model", model, "--data", data) == 2
+
+
+def test_no_class_leads_out_of_the_folder_that_is_sorted_into(data, tmp_path, capsys):
+    model = save(tmp_path / "m", ["..", "a/b"])
+    assert predict(model, data / "red", "--sort-into", tmp_path / "s") == 0
+    assert {path.name for path in (tmp_path / "s").iterdir()} <= {"_", "a_b"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "s"]
+    assert predict(save(tmp_path / "n", ["a_b", "a/b"]), data / "red", "--sort-into", tmp_path / "t") == 2
+    assert "'a/b' a folder of its own" in capsys.readouterr().err and not (tmp_path / "t").exists()
+
+
+def test_several_labels_are_answered_and_judged_one_by_one(data, tmp_path, capsys):
+    model, images = save(tmp_path / "m", ["b", "a"], multi_label=True), [data / "red" / f"{i}.png" for i in range(6)]
+    with (tmp_path / "d.csv").open("w") as file:
+        file.write("path,labels,split\n")
+        file.writelines(f"{image},{'a;b' if i % 2 else 'a'},val\n" for i, image in enumerate(images))
+    assert evaluate("--model", model, "--data", tmp_path / "d.csv", "--output", tmp_path / "r") == 0
+    metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    assert predict(model, *images, "--threshold", "0", "--format", "jsonl", "--output", tmp_path / "p") == 0
+    answers = [json.loads(line)["predictions"] for line in (tmp_path / "p").read_text().splitlines()]
+    right = wrong = 0  # by hand: micro-F1 is over all labels of all images
+    for i, answer in enumerate(answers):
+        for row in answer:
+            true = row["class"] == "a" or i % 2 == 1
+            right += true and row["probability"] > 0.5
+            wrong += true != (row["probability"] > 0.5)
+    assert right and wrong and metrics["micro_f1"] == pytest.approx(200 * right / (2 * right + wrong))
+    mistakes = rows(tmp_path / "r" / "mistakes.csv")
+    assert len(mistakes) == wrong and {row["true"] for row in mistakes} <= {"yes", "no"}
+    sure = [abs(float(row["probability"]) - 0.5) for row in mistakes]
+    assert sure == sorted(sure, reverse=True)
+    assert (tmp_path / "r" / "reliability.png").is_file() and not (tmp_path / "r" / "confusion.csv").exists()
+    assert sum(row["probability"] for row in answers[0]) != pytest.approx(1, abs=1e-3)  # sigmoids
+    assert predict(model, images[0], "--threshold", "1", "--format", "csv") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{images[0]},,,"  # no label, and not forgotten
+    assert evaluate("--model", model, "--data", data) == 2
+
+
+def test_of_many_classes_the_matrix_has_those_that_occur():
+    found, truth = torch.full((3, 2000), 1e-5), [7, 1500, 7]
+    found[[0, 1, 2], [7, 7, 1999]] = 0.9
+    judgement = judge(found.numpy(), truth, [str(i) for i in range(2000)])
+    assert judgement.confusion_names == ["7", "1500", "1999"]
+    assert judgement.confusion.tolist() == [[1, 0, 1], [1, 0, 0], [0, 0, 0]]
+    assert len(judgement.per_class) == 2000
