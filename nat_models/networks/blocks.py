@@ -1,16 +1,19 @@
-"""What the networks are made of: the stem, what stands between levels, blocks and levels."""
+"""What the networks are made of: the stem, what stands between levels, blocks and levels; the rest is timm's."""
 
 from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerScale, Mlp
+from timm.layers import DropPath, LayerScale, Mlp, PatchEmbed
 from timm.models import checkpoint_seq
+from timm.models.swin_transformer import PatchMerging
 from torch import Tensor
 
 from ..layers import NeighborhoodAttention2d
 from ..ops.tracing import is_exporting
+
+DOWNSAMPLERS = ("conv", "merge", None)
 
 
 def _exporting() -> bool:
@@ -41,6 +44,13 @@ class ConvTokenizer(nn.Module):
         return self.norm(self.proj(x).permute(0, 2, 3, 1))  # [B, H, W, C]
 
 
+def patch_tokenizer(in_chans: int, embed_dim: int, patch_size: int, **dd) -> PatchEmbed:
+    """Patches that do not overlap, of an image padded at the bottom and right: [B, in_chans, H, W] -> NHWC."""
+    return PatchEmbed(
+        None, patch_size, in_chans, embed_dim, norm_layer=nn.LayerNorm, output_fmt="NHWC", dynamic_img_pad=True, **dd
+    )
+
+
 class ConvDownsampler(nn.Module):
     """A stride-2 convolution that doubles the channels: [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), 2 * C]."""
 
@@ -66,14 +76,66 @@ class MapNorm(nn.LayerNorm):
         return x.view(shape)
 
 
+class GlobalAttention2d(NeighborhoodAttention2d):
+    """Attention of every token to all of an NHWC map, with a relative position bias for a map of one size.
+
+    For maps of another size the bias is interpolated (bicubic), as timm does for its networks with such a table.
+
+    Args:
+        dim: Channels C of input and output.
+        num_heads: Must divide dim.
+        map_size: Side of the map that `rpb` [num_heads, 2*map_size-1, 2*map_size-1] is for: the bias of query p and key
+            r is rpb[key_row - query_row + map_size - 1, key_col - query_col + map_size - 1].
+        **kwargs: As in NeighborhoodAttention2d.
+
+    Source: Hassani and Shi, arXiv:2209.15001, the baseline "ViT-rpb" of its isotropic variants.
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, map_size: int, device=None, dtype=None, **kwargs) -> None:
+        super().__init__(dim, num_heads, rel_pos_bias=False, device=device, dtype=dtype, **kwargs)
+        self.map_size = map_size
+        self.rpb = nn.Parameter(torch.empty(num_heads, *(2 * [2 * map_size - 1]), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] -> [B, H, W, C]."""
+        dropout_p = self.attn_drop if self.training else 0.0
+        return self.proj_drop(self.proj(attend_to_all(self.qkv(x), self.rpb, self.num_heads, self.scale, dropout_p)))
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, num_heads={self.num_heads}, map_size={self.map_size}"
+
+
+@torch.fx.wrap  # its indices depend on sizes, which a symbolic trace does not know
+@torch.jit.ignore
+def attend_to_all(qkv: Tensor, rpb: Tensor, num_heads: int, scale: float, dropout_p: float) -> Tensor:
+    """[B, H, W, 3 * C], as a projection makes it -> [B, H, W, C]."""
+    batch, height, width, channels = qkv.shape
+    q, k, v = qkv.reshape(batch, height * width, 3, num_heads, channels // (3 * num_heads)).permute(2, 0, 3, 1, 4)
+    table = rpb.to(torch.promote_types(rpb.dtype, torch.float32))
+    # Of a table that fits already, interpolation gives the same bits.
+    table = F.interpolate(table[None], (2 * height - 1, 2 * width - 1), mode="bicubic")[0]
+    rows, cols = (torch.arange(n, device=qkv.device) for n in (height, width))
+    rows, cols = rows - rows[:, None] + height - 1, cols - cols[:, None] + width - 1  # [query, key]
+    bias = table[:, rows[:, None, :, None], cols[:, None, :]]  # [num_heads, H, W, H, W]
+    bias = bias.flatten(3).flatten(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), dropout_p=dropout_p, scale=scale)
+    return out.transpose(1, 2).reshape(batch, height, width, channels // 3)
+
+
 class NATBlock(nn.Module):
-    """Pre-norm attention and MLP, each with optional layer scale and stochastic depth, on [B, H, W, C]."""
+    """Pre-norm attention and MLP, each with optional layer scale and stochastic depth, on [B, H, W, C].
+
+    global_size makes the attention a global one, whose position bias is for maps of that side.
+    """
 
     def __init__(
         self,
         dim: int,
         num_heads: int,
         kernel_size: int | Sequence[int] = 7,
+        dilation: int | Sequence[int] = 1,
+        global_size: int | None = None,
         mlp_ratio: float = 3.0,
         qkv_bias: bool = True,
         init_values: float | None = None,
@@ -86,15 +148,11 @@ class NATBlock(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         self.norm1 = MapNorm(dim, **dd)
-        self.attn = NeighborhoodAttention2d(
-            dim,
-            num_heads,
-            kernel_size=kernel_size,
-            qkv_bias=qkv_bias,
-            attn_drop=attn_drop,
-            proj_drop=proj_drop,
-            **dd,
-        )
+        attn_args = dict(qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd)
+        if global_size is None:
+            self.attn = NeighborhoodAttention2d(dim, num_heads, kernel_size=kernel_size, dilation=dilation, **attn_args)
+        else:
+            self.attn = GlobalAttention2d(dim, num_heads, map_size=global_size, **attn_args)
         self.ls1 = nn.Identity() if init_values is None else LayerScale(dim, init_values, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.norm2 = MapNorm(dim, **dd)
@@ -113,7 +171,10 @@ class NATBlock(nn.Module):
 
 
 class NATLevel(nn.Module):
-    """Blocks at one resolution, preceded by their downsampling: the level's output is its feature map."""
+    """Blocks at one resolution, preceded by their downsampling: the level's output is its feature map.
+
+    downsample is one of DOWNSAMPLERS; the first two take half the channels, None is for a level after no other.
+    """
 
     def __init__(
         self,
@@ -121,7 +182,8 @@ class NATLevel(nn.Module):
         depth: int,
         num_heads: int,
         drop_path: Sequence[float],
-        downsample: bool,
+        dilations: Sequence[int | Sequence[int]],
+        downsample: str | None,
         device=None,
         dtype=None,
         **block_kwargs,
@@ -129,9 +191,15 @@ class NATLevel(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         self.grad_checkpointing = False
-        self.downsample = ConvDownsampler(dim // 2, **dd) if downsample else nn.Identity()
+        if downsample is None:
+            self.downsample = nn.Identity()
+        else:
+            self.downsample = (ConvDownsampler if downsample == "conv" else PatchMerging)(dim // 2, **dd)
         self.blocks = nn.Sequential(
-            *[NATBlock(dim, num_heads, drop_path=drop_path[i], **block_kwargs, **dd) for i in range(depth)]
+            *[
+                NATBlock(dim, num_heads, drop_path=drop_path[i], dilation=dilations[i], **block_kwargs, **dd)
+                for i in range(depth)
+            ]
         )
 
     def forward(self, x: Tensor) -> Tensor:

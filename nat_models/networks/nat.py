@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..checkpoints import load_weights
 from ..complexity import tell_counters
-from .blocks import ConvTokenizer, NATLevel
+from .blocks import DOWNSAMPLERS, ConvTokenizer, NATLevel, patch_tokenizer
 from .features import feature_arguments
 
 __all__ = ["NAT"]
@@ -40,6 +40,13 @@ class NAT(nn.Module):
         depths: Blocks of each level.
         num_heads: Attention heads of each level.
         kernel_size: Odd window size, one for all levels.
+        dilations: Spacing of the keys in a window, for each level a number or one for each of its blocks; None for 1.
+        patch_size: None makes tokens by two overlapping convolutions of stride 2; a number by patches of that size that
+            do not overlap, of an image padded to a multiple of it.
+        downsample: Between levels: "conv", an overlapping convolution; "merge", the merging of 2 x 2 neighbours of a
+            map padded to even sides; None, nothing, and all levels have embed_dim channels.
+        global_size: None for neighborhood attention. Else every token attends to all, with a position bias for maps of
+            global_size x global_size tokens, interpolated for others; there is no window then.
         mlp_ratio: Hidden width of the MLPs over the level's channels.
         qkv_bias: Bias in the qkv projections.
         init_values: Initial value of layer scale; None for none.
@@ -47,11 +54,13 @@ class NAT(nn.Module):
         proj_drop_rate: Dropout of attention and MLP outputs.
         attn_drop_rate: Dropout of attention weights; above 0, training is slower.
         drop_path_rate: Stochastic depth of the last block; it grows linearly from 0.
-        output_stride: 32, which timm's users may state.
+        output_norms: A LayerNorm for each level's map as features_only and forward_intermediates hand it out, as in the
+            published backbones for detection and segmentation; what goes on to the next level is without.
+        output_stride: The network's own, which timm's users may state.
 
     Raises:
-        ValueError: depths and num_heads differ in length; a level's channels are not divisible by its heads; another
-            output_stride.
+        ValueError: depths, num_heads and dilations differ in length; a level's channels are not divisible by its heads;
+            global_size with a window; another downsample or output_stride.
     """
 
     def __init__(
@@ -63,6 +72,10 @@ class NAT(nn.Module):
         depths: Sequence[int] = (3, 4, 6, 5),
         num_heads: Sequence[int] = (2, 4, 8, 16),
         kernel_size: int | Sequence[int] = 7,
+        dilations: Sequence[int | Sequence[int]] | None = None,
+        patch_size: int | None = None,
+        downsample: str | None = "conv",
+        global_size: int | None = None,
         mlp_ratio: float = 3.0,
         qkv_bias: bool = True,
         init_values: float | None = None,
@@ -70,7 +83,8 @@ class NAT(nn.Module):
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.2,
-        output_stride: int = 32,
+        output_norms: bool = False,
+        output_stride: int | None = None,
         device=None,
         dtype=None,
     ) -> None:
@@ -78,29 +92,42 @@ class NAT(nn.Module):
         super().__init__()
         if len(depths) != len(num_heads):
             raise ValueError(f"depths and num_heads must name the same levels, got {depths=}, {num_heads=}.")
-        if output_stride != 32:
-            raise ValueError(f"output_stride must be 32, the networks have no dilated form, got {output_stride=}.")
+        if downsample not in DOWNSAMPLERS:
+            raise ValueError(f"downsample must be one of {DOWNSAMPLERS}, got {downsample=}.")
+        if global_size is not None and (kernel_size != 7 or dilations is not None):
+            raise ValueError(f"Global attention has no window, got {kernel_size=}, {dilations=} with {global_size=}.")
+        dilations = _per_block(dilations, depths)
+        widths = [embed_dim * (2**i if downsample else 1) for i in range(len(depths))]
+        strides = [(patch_size or 4) * width // embed_dim for width in widths]
+        if output_stride not in (None, strides[-1]):
+            raise ValueError(
+                f"output_stride must be {strides[-1]}, there is no form of another stride, got {output_stride=}."
+            )
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.embed_dim = embed_dim
-        self.num_features = embed_dim * 2 ** (len(depths) - 1)
+        self.num_features = widths[-1]
         self.output_fmt = "NHWC"
         self.feature_info = []
 
-        self.patch_embed = ConvTokenizer(in_chans, embed_dim, **dd)
+        if patch_size is None:
+            self.patch_embed = ConvTokenizer(in_chans, embed_dim, **dd)
+        else:
+            self.patch_embed = patch_tokenizer(in_chans, embed_dim, patch_size, **dd)
         drop_path = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         levels = []
         for i, depth in enumerate(depths):
-            dim = embed_dim * 2**i
             levels.append(
                 NATLevel(
-                    dim,
+                    widths[i],
                     depth,
                     num_heads[i],
                     drop_path=drop_path[i],
-                    downsample=i > 0,
+                    dilations=dilations[i],
+                    downsample=downsample if i > 0 else None,
                     kernel_size=kernel_size,
+                    global_size=global_size,
                     mlp_ratio=mlp_ratio,
                     qkv_bias=qkv_bias,
                     init_values=init_values,
@@ -109,8 +136,10 @@ class NAT(nn.Module):
                     **dd,
                 )
             )
-            self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=f"levels.{i}"))
+            self.feature_info.append(dict(num_chs=widths[i], reduction=strides[i], module=f"levels.{i}"))
         self.levels = nn.Sequential(*levels)
+        self.has_output_norms = output_norms
+        self.output_norms = nn.ModuleList(nn.LayerNorm(n, **dd) if output_norms else nn.Identity() for n in widths)
         self.norm = nn.LayerNorm(self.num_features, **dd)
         self.head = ClassifierHead(
             self.num_features,
@@ -139,8 +168,13 @@ class NAT(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         """Parameter groups for layer-wise learning rates: the stem, then a level or a block each, then the norm."""
-        blocks = [(r"^levels\.(\d+)\.downsample", (0,)), (r"^levels\.(\d+)\.\w+\.(\d+)", None), (r"^norm", (99999,))]
-        return dict(stem=r"^patch_embed", blocks=r"^levels\.(\d+)" if coarse else blocks)
+        blocks = [
+            (r"^levels\.(\d+)\.downsample", (0,)),
+            (r"^levels\.(\d+)\.\w+\.(\d+)", None),
+            (r"^output_norms\.(\d+)", (99999,)),
+            (r"^norm", (99999,)),
+        ]
+        return dict(stem=r"^patch_embed", blocks=r"^(?:levels|output_norms)\.(\d+)" if coarse else blocks)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -162,7 +196,7 @@ class NAT(nn.Module):
             self.global_pool = global_pool
         self.head.in_features = self.num_features  # pruning may have changed it
         self.head.reset(num_classes, pool_type=global_pool)
-        stem = self.patch_embed.proj[0].weight
+        stem = next(self.patch_embed.parameters())
         self.head.to(stem.device, stem.dtype)  # older timm makes the new head a float32 one on the CPU
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
@@ -175,12 +209,12 @@ class NAT(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Feature maps of the levels, and what forward_features returns.
+        """Feature maps of the levels, normed if the network has output_norms, and what forward_features returns.
 
         Args:
             x: [B, in_chans, H, W].
             indices: Levels to take: the last n for an int, all for None.
-            norm: Apply the final norm to the last level's map.
+            norm: Apply the final norm to the last level's map, unless that has one of its own.
             stop_early: Do not run levels after the last one taken.
             output_fmt: "NCHW" or "NHWC", the layout of the maps handed out.
             intermediates_only: Return the maps alone.
@@ -199,10 +233,11 @@ class NAT(nn.Module):
             levels = self.levels
         else:
             levels = self.levels[: last + 1]
-        for i, level in enumerate(levels):
+        for i, (level, output_norm) in enumerate(zip(levels, self.output_norms)):  # noqa: B905  TorchScript's zip
             x = level(x)
             if i in take:
-                feature = self.norm(x) if norm and i == len(self.levels) - 1 else x
+                own = self.has_output_norms or not norm or i < len(self.levels) - 1
+                feature = output_norm(x) if own else self.norm(x)
                 intermediates.append(feature.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else feature)
         if intermediates_only:
             return intermediates
@@ -216,6 +251,9 @@ class NAT(nn.Module):
         take, last = feature_take_indices(len(self.levels), indices)
         cut = last < len(self.levels) - 1
         self.levels = self.levels[: last + 1]
+        # A norm of a map that is not handed out would be a parameter without a gradient.
+        self.output_norms = nn.ModuleList(n if i in take else nn.Identity() for i, n in enumerate(self.output_norms))
+        self.output_norms = self.output_norms[: last + 1]
         if prune_norm or cut:
             self.norm = nn.Identity()
         if cut:
@@ -247,7 +285,21 @@ def _init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _create_nat(variant: str, pretrained: bool = False, **kwargs) -> NAT:
+def _per_block(dilations: Sequence[int | Sequence[int]] | None, depths: Sequence[int]) -> list[list[int]]:
+    """One dilation for each block of each level."""
+    if dilations is None:
+        return [[1] * depth for depth in depths]
+    if isinstance(dilations, int) or len(dilations) != len(depths):
+        raise ValueError(f"depths and dilations must name the same levels, got {depths=}, {dilations=}.")
+    pairs = zip(dilations, depths, strict=True)
+    levels = [[given] * depth if isinstance(given, int) else list(given) for given, depth in pairs]
+    if [len(level) for level in levels] != list(depths):
+        raise ValueError(f"dilations must have a number for each block of a level, got {depths=}, {dilations=}.")
+    return levels
+
+
+def create_nat(variant: str, pretrained: bool = False, **kwargs) -> NAT:
+    """The network that an entrypoint of timm's hands out: `kwargs` are the variant's data with the caller's on top."""
     cache_dir = kwargs.pop("cache_dir", None)
     if kwargs.get("features_only"):
         kwargs.setdefault("num_classes", 0)  # a checkpoint without a head serves too
@@ -268,7 +320,8 @@ def _create_nat(variant: str, pretrained: bool = False, **kwargs) -> NAT:
     )
 
 
-def _cfg(**kwargs) -> dict:
+def make_cfg(**kwargs) -> dict:
+    """What timm keeps of a checkpoint: where it is, and how its accuracy was measured."""
     return {
         "num_classes": 1000,
         "input_size": (3, 224, 224),
@@ -291,10 +344,10 @@ def _cfg(**kwargs) -> dict:
 
 default_cfgs = generate_default_cfgs(
     {
-        "nat_mini.shi_in1k": _cfg(hf_hub_id="shi-labs/nat-mini-in1k-224"),
-        "nat_tiny.shi_in1k": _cfg(hf_hub_id="shi-labs/nat-tiny-in1k-224"),
-        "nat_small.shi_in1k": _cfg(hf_hub_id="shi-labs/nat-small-in1k-224"),
-        "nat_base.shi_in1k": _cfg(hf_hub_id="shi-labs/nat-base-in1k-224"),
+        "nat_mini.shi_in1k": make_cfg(hf_hub_id="shi-labs/nat-mini-in1k-224"),
+        "nat_tiny.shi_in1k": make_cfg(hf_hub_id="shi-labs/nat-tiny-in1k-224"),
+        "nat_small.shi_in1k": make_cfg(hf_hub_id="shi-labs/nat-small-in1k-224"),
+        "nat_base.shi_in1k": make_cfg(hf_hub_id="shi-labs/nat-base-in1k-224"),
     }
 )
 
@@ -303,14 +356,14 @@ default_cfgs = generate_default_cfgs(
 def nat_mini(pretrained: bool = False, **kwargs) -> NAT:
     """NAT-Mini: 20.0 M parameters, 2.7 GMACs, 81.8 % top-1."""
     model_args = dict(embed_dim=64, depths=(3, 4, 6, 5), num_heads=(2, 4, 8, 16), mlp_ratio=3, drop_path_rate=0.2)
-    return _create_nat("nat_mini", pretrained, **dict(model_args, **kwargs))
+    return create_nat("nat_mini", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def nat_tiny(pretrained: bool = False, **kwargs) -> NAT:
     """NAT-Tiny: 27.9 M parameters, 4.3 GMACs, 83.2 % top-1."""
     model_args = dict(embed_dim=64, depths=(3, 4, 18, 5), num_heads=(2, 4, 8, 16), mlp_ratio=3, drop_path_rate=0.2)
-    return _create_nat("nat_tiny", pretrained, **dict(model_args, **kwargs))
+    return create_nat("nat_tiny", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
@@ -319,7 +372,7 @@ def nat_small(pretrained: bool = False, **kwargs) -> NAT:
     model_args = dict(
         embed_dim=96, depths=(3, 4, 18, 5), num_heads=(3, 6, 12, 24), mlp_ratio=2, init_values=1e-5, drop_path_rate=0.3
     )
-    return _create_nat("nat_small", pretrained, **dict(model_args, **kwargs))
+    return create_nat("nat_small", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
@@ -328,4 +381,4 @@ def nat_base(pretrained: bool = False, **kwargs) -> NAT:
     model_args = dict(
         embed_dim=128, depths=(3, 4, 18, 5), num_heads=(4, 8, 16, 32), mlp_ratio=2, init_values=1e-5, drop_path_rate=0.5
     )
-    return _create_nat("nat_base", pretrained, **dict(model_args, **kwargs))
+    return create_nat("nat_base", pretrained, **dict(model_args, **kwargs))
