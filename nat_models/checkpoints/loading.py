@@ -20,7 +20,8 @@ from .layouts import convert_state_dict
 from .unwrapping import Network, find_network
 
 _LISTED_KEYS = 6
-_HEAD, _NORM, _STEM = "head.fc", "norm", "patch_embed.proj.0.weight"
+_HEAD, _NORM, _OUTPUT_NORMS = "head.fc", "norm", "output_norms"
+_STEMS = ("patch_embed.proj.0.weight", "patch_embed.proj.weight")
 
 
 def fit_state_dict(
@@ -29,8 +30,9 @@ def fit_state_dict(
     """Converts a checkpoint of any layout to exactly the keys and shapes of `model`, a NAT, or refuses it.
 
     rpb is interpolated (bicubic) to the model's kernel_size. The head is kept if it has as many classes as the model.
-    It becomes the model's own, new one if the model asks for another number than the checkpoint was declared with. The
-    input channels of the stem are timm's to adapt.
+    It becomes the model's own, new one if the model asks for another number than the checkpoint was declared with. So
+    do output_norms, as in the authors' own fine-tuning, if the checkpoint has none. The input channels of the stem are
+    timm's to adapt.
 
     Args:
         checkpoint: A state dict, or a training checkpoint that holds one; what stands outside the network is left out.
@@ -46,8 +48,9 @@ def fit_state_dict(
     target = model.state_dict()
     declared = model.pretrained_cfg["num_classes"] if num_classes is None else num_classes
     _fit_head(state_dict, target, model.num_classes, declared, network)
-    if features_only and not any(key.startswith(f"{_NORM}.") for key in state_dict):
-        state_dict |= {key: value for key, value in target.items() if key.startswith(f"{_NORM}.")}
+    for part in [_OUTPUT_NORMS, *([_NORM] if features_only else [])]:
+        if not any(key.startswith(f"{part}.") for key in state_dict):
+            state_dict |= {key: value for key, value in target.items() if key.startswith(f"{part}.")}
 
     mismatched = []
     for key, value in state_dict.items():
@@ -57,7 +60,7 @@ def fit_state_dict(
         if key.endswith(".rpb") and value.ndim == 3 and value.shape[0] == expected[0] and value.shape != expected:
             window = tuple((n + 1) // 2 for n in expected[1:])
             state_dict[key] = resize_rel_pos_bias_table_simple(value, window, expected)
-        elif key == _STEM and value.ndim == 4 and value[:, :1].shape == target[key][:, :1].shape:
+        elif key in _STEMS and value.ndim == 4 and value[:, :1].shape == target[key][:, :1].shape:
             continue
         elif value.shape != expected:
             mismatched.append(f"{key} found {tuple(value.shape)} expected {tuple(expected)}")
@@ -81,6 +84,8 @@ def _advice(missing: list[str], unexpected: list[str], mismatched: list[str]) ->
     """What to do about misfits whose cause can be told, in a line or none."""
     if any(".parametrizations." in key for key in unexpected):
         return ["Its weights are parametrized; before saving: torch.nn.utils.parametrize.remove_parametrizations."]
+    if unexpected and all(key.startswith(f"{_OUTPUT_NORMS}.") for key in unexpected):
+        return ["It has a norm for each level's map, which output_norms=True loads and uses."]
     if any("lora_" in key for key in unexpected):
         return ["It holds adapters beside the weights; before saving: model = model.merge_and_unload()."]
     if any("found (0,)" in text for text in mismatched):

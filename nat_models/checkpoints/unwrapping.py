@@ -13,9 +13,11 @@ from .layouts import detect_layout
 # The first convolution, whole or split by an adapter or a parametrization: a NAT has it in every layout, and after the
 # prefix of its key stand the network's other keys. An optimizer's state goes on after the name and is not meant.
 _STEM = re.compile(
-    r"(?<![^.])(?:patch_embed\.proj\.0|(?:nat\.)?embeddings\.patch_embeddings\.projection\.0)"
+    r"(?<![^.])(?:patch_embed\.proj\.0|(?P<patches>patch_embed\.proj)"
+    r"|(?:(?:di)?nat\.)?embeddings\.patch_embeddings\.projection\.0)"
     r"\.(?:(?:weight|bias|weight_orig)$|base_layer\.|parametrizations\.)"
 )
+_BIAS = ".attn.rpb"  # by it a network of patches is told from other vision transformers
 # What torch.compile, checkpoint_wrapper and FSDP put into the path of any module.
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 _AVERAGE = {"ema", "swa", "avg", "average", "averaged", "averaging"}
@@ -65,7 +67,8 @@ def find_network(checkpoint: object) -> Network:
 
 def _networks(checkpoint: object) -> Iterator[Network]:
     for path, tensors in _mappings(checkpoint):
-        prefixes = dict.fromkeys(key[: match.start()] for key in tensors if (match := _STEM.search(key)))
+        stems = {key[: match.start()]: match for key in tensors if (match := _STEM.search(key))}
+        prefixes = [prefix for prefix, match in stems.items() if not match["patches"] or _has_bias(tensors, prefix)]
         for prefix in prefixes:
             inner = tuple(p for p in prefixes if p != prefix and p.startswith(prefix))
             own = {
@@ -76,6 +79,10 @@ def _networks(checkpoint: object) -> Iterator[Network]:
             own = {key: value for key, value in own.items() if not _is_counter(key, value)}
             beside = {key: value for key, value in tensors.items() if not key.startswith(prefix)}
             yield Network(own, _place(path, prefix), beside, _rank(path, prefix))
+
+
+def _has_bias(tensors: Mapping[str, Tensor], prefix: str) -> bool:
+    return any(key.startswith(prefix) and key.endswith(_BIAS) for key in tensors)
 
 
 def _mappings(value: object, path: tuple = ()) -> Iterator[tuple[tuple, dict[str, Tensor]]]:
