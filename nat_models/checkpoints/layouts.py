@@ -24,13 +24,13 @@ MODEL_TYPES = ("nat", "dinat")  # prefixes of transformers' names
 _StateDict = dict[str, Tensor]
 
 # original -> transformers; what follows in a path (weight, bias, an index) is kept.
-_STEM_AND_HEAD = {
+STEM_AND_HEAD_NAMES = {
     "patch_embed.proj": "embeddings.patch_embeddings.projection",
     "patch_embed.norm": "embeddings.norm",
     "norm": "layernorm",
     "head": "classifier",
 }
-_BLOCK = {
+BLOCK_NAMES = {
     "norm1": "layernorm_before",
     "norm2": "layernorm_after",
     "attn.rpb": "attention.self.rpb",
@@ -40,7 +40,7 @@ _BLOCK = {
 }
 _OUTPUT_NORM = re.compile(r"norm(\d+)")
 _PREFIX = re.compile(r"^(?:di)?nat\.")
-_QKV = ("query", "key", "value")  # attention.self.* of transformers, the rows of attn.qkv in this order
+QKV_NAMES = ("query", "key", "value")  # attention.self.* of transformers, the rows of attn.qkv in this order
 
 
 def _rename(names: list[str], table: Mapping[str, str]) -> str | None:
@@ -123,23 +123,23 @@ def _transformers_from_original(state_dict: Mapping[str, Tensor], model_type: st
                 prefix = f"{network}encoder.levels.{level}.layers.{block}"
                 match rest:
                     case ["attn", "qkv", name]:
-                        parts = zip(_QKV, value.chunk(3), strict=True)
+                        parts = zip(QKV_NAMES, value.chunk(3), strict=True)
                         out |= {f"{prefix}.attention.self.{part}.{name}": rows for part, rows in parts}
                     case ["gamma1"]:
                         out[f"{prefix}.layer_scale_parameters"] = torch.stack([value, _second_gamma(state_dict, key)])
                     case ["gamma2"]:
                         pass  # stacked with gamma1
                     case _:
-                        new = _rename(rest, _BLOCK)
+                        new = _rename(rest, BLOCK_NAMES)
                         out[key if new is None else f"{prefix}.{new}"] = value
             case ["levels", level, "downsample", *rest]:
                 out[".".join([f"{network}encoder.levels", level, "downsample", *rest])] = value
             case [name, *rest] if level := _OUTPUT_NORM.fullmatch(name):
                 out[".".join([f"{network}hidden_states_norms.stage{int(level[1]) + 1}", *rest])] = value
             case ["head", *_] as path:
-                out[_rename(path, _STEM_AND_HEAD)] = value
+                out[_rename(path, STEM_AND_HEAD_NAMES)] = value
             case path:
-                new = _rename(path, _STEM_AND_HEAD)
+                new = _rename(path, STEM_AND_HEAD_NAMES)
                 out[key if new is None else f"{network}{new}"] = value
     return out
 
@@ -152,7 +152,7 @@ def _second_gamma(state_dict: Mapping[str, Tensor], first: str) -> Tensor:
 
 
 def _original_from_transformers(state_dict: Mapping[str, Tensor]) -> _StateDict:
-    stem_and_head, names_in_block = _inverse(_STEM_AND_HEAD), _inverse(_BLOCK)
+    stem_and_head, names_in_block = _inverse(STEM_AND_HEAD_NAMES), _inverse(BLOCK_NAMES)
     out = {}
     for key, value in state_dict.items():
         match _PREFIX.sub("", key).split("."):  # which a backbone saved without a head lacks
@@ -160,7 +160,7 @@ def _original_from_transformers(state_dict: Mapping[str, Tensor]) -> _StateDict:
                 prefix = f"levels.{level}.blocks.{block}"
                 match rest:
                     case ["attention", "self", "query", name]:
-                        parts = [state_dict.get(key.replace(".query.", f".{part}.")) for part in _QKV]
+                        parts = [state_dict.get(key.replace(".query.", f".{part}.")) for part in QKV_NAMES]
                         if all(part is not None for part in parts):
                             out[f"{prefix}.attn.qkv.{name}"] = torch.cat(parts)
                     case ["attention", "self", "key" | "value", _]:

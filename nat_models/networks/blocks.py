@@ -203,7 +203,21 @@ class NATLevel(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
+        return self.run_blocks(self.downsample(x))
+
+    def run_blocks(self, x: Tensor) -> Tensor:
+        """What comes after the downsampling."""
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
+
+    @torch.jit.ignore
+    def run_blocks_with_attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and the last block's attention weights, [B, H, W, num_heads, K_h * K_w]."""
+        attention, seen = self.blocks[-1].attn, []
+        handle = attention.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        try:
+            x = self.run_blocks(x)
+        finally:
+            handle.remove()
+        return x, attention.attention_weights(seen[0])
