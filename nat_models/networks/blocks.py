@@ -13,7 +13,7 @@ from torch import Tensor
 from ..layers import NeighborhoodAttention2d
 from ..ops.tracing import is_exporting
 
-DOWNSAMPLERS = ("conv", "merge", None)
+DOWNSAMPLERS = ("conv", "merge", "none")  # create_model of timm drops arguments that are None
 
 
 def _exporting() -> bool:
@@ -173,7 +173,7 @@ class NATBlock(nn.Module):
 class NATLevel(nn.Module):
     """Blocks at one resolution, preceded by their downsampling: the level's output is its feature map.
 
-    downsample is one of DOWNSAMPLERS; the first two take half the channels, None is for a level after no other.
+    downsample is one of DOWNSAMPLERS; the first two take half the channels.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class NATLevel(nn.Module):
         num_heads: int,
         drop_path: Sequence[float],
         dilations: Sequence[int | Sequence[int]],
-        downsample: str | None,
+        downsample: str,
         device=None,
         dtype=None,
         **block_kwargs,
@@ -191,7 +191,7 @@ class NATLevel(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         self.grad_checkpointing = False
-        if downsample is None:
+        if downsample == "none":
             self.downsample = nn.Identity()
         else:
             self.downsample = (ConvDownsampler if downsample == "conv" else PatchMerging)(dim // 2, **dd)

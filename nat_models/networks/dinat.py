@@ -23,7 +23,7 @@ def _create_dinat(variant: str, pretrained: bool, largest: Sequence[int], model_
 
 def _create_isotropic(variant: str, pretrained: bool, dilation: int, model_args: dict) -> NAT:
     """`dilation`: of every other block from the second on."""
-    model_args = dict(dict(depths=(1,) * 12, patch_size=16, downsample=None, mlp_ratio=4), **model_args)
+    model_args = dict(dict(depths=(1,) * 12, patch_size=16, downsample="none", mlp_ratio=4), **model_args)
     largest = [dilation if level % 2 else 1 for level in range(len(model_args["depths"]))]
     return create_nat(variant, pretrained, **dict(dict(dilations=largest), **model_args))
 

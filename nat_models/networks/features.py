@@ -22,7 +22,7 @@ def feature_arguments(kwargs: dict) -> dict:
     Raises:
         ValueError: One of these four classes for a network with output_norms, which they would leave out.
     """
-    levels = (0, 1, 2, 3) if kwargs.get("downsample", "conv") else 3
+    levels = (0, 1, 2, 3) if kwargs.get("downsample") != "none" else 3
     given = {"out_indices": levels, "feature_cls": "getter", **kwargs.pop("feature_cfg", {})}
     given.update({key: kwargs.pop(key) for key in ("out_indices", "feature_cls") if key in kwargs})
     if given["feature_cls"] in ("getter", FeatureGetterNet):

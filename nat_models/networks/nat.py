@@ -44,7 +44,7 @@ class NAT(nn.Module):
         patch_size: None makes tokens by two overlapping convolutions of stride 2; a number by patches of that size that
             do not overlap, of an image padded to a multiple of it.
         downsample: Between levels: "conv", an overlapping convolution; "merge", the merging of 2 x 2 neighbours of a
-            map padded to even sides; None, nothing, and all levels have embed_dim channels.
+            map padded to even sides; "none", nothing, and all levels have embed_dim channels.
         global_size: None for neighborhood attention. Else every token attends to all, with a position bias for maps of
             global_size x global_size tokens, interpolated for others; there is no window then.
         mlp_ratio: Hidden width of the MLPs over the level's channels.
@@ -74,7 +74,7 @@ class NAT(nn.Module):
         kernel_size: int | Sequence[int] = 7,
         dilations: Sequence[int | Sequence[int]] | None = None,
         patch_size: int | None = None,
-        downsample: str | None = "conv",
+        downsample: str = "conv",
         global_size: int | None = None,
         mlp_ratio: float = 3.0,
         qkv_bias: bool = True,
@@ -97,7 +97,7 @@ class NAT(nn.Module):
         if global_size is not None and (kernel_size != 7 or dilations is not None):
             raise ValueError(f"Global attention has no window, got {kernel_size=}, {dilations=} with {global_size=}.")
         dilations = _per_block(dilations, depths)
-        widths = [embed_dim * (2**i if downsample else 1) for i in range(len(depths))]
+        widths = [embed_dim * (1 if downsample == "none" else 2**i) for i in range(len(depths))]
         strides = [(patch_size or 4) * width // embed_dim for width in widths]
         if output_stride not in (None, strides[-1]):
             raise ValueError(
@@ -125,7 +125,7 @@ class NAT(nn.Module):
                     num_heads[i],
                     drop_path=drop_path[i],
                     dilations=dilations[i],
-                    downsample=downsample if i > 0 else None,
+                    downsample=downsample if i > 0 else "none",
                     kernel_size=kernel_size,
                     global_size=global_size,
                     mlp_ratio=mlp_ratio,
