@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from urllib.error import URLError
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -187,7 +188,7 @@ def _explain_errors(name: str, pretrained_cfg: Mapping) -> Iterator[None]:
         raise CheckpointError(
             f"{name}: {source} holds no weights, expected model.safetensors or pytorch_model.bin. ({e})"
         ) from e
-    except HfHubHTTPError as e:
+    except (HfHubHTTPError, URLError) as e:
         raise CheckpointError(f"{name}: downloading {source} failed. ({e})") from e
     except FileNotFoundError as e:
         raise CheckpointError(f"{name}: there is no weights file {source}. {e}") from e

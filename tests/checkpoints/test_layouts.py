@@ -12,6 +12,22 @@ from tests.conftest import FIXTURES, original_state_dict
 
 # With layer scale (small) and without (mini): the two kinds of block.
 VARIANTS = ["nat_mini", "nat_small"]
+ORIGINAL = json.loads((FIXTURES / "original_keys.json").read_text())
+IN_TRANSFORMERS = [name for name, keys in ORIGINAL.items() if "patch_embed.proj.0.weight" in keys]
+NORMS = {f"norm{i}.{name}": torch.randn(6) for i in range(4) for name in ("weight", "bias")}
+
+
+def _meta(variant: str) -> dict[str, torch.Tensor]:
+    return {key: torch.empty(shape, device="meta") for key, shape in ORIGINAL[variant].items()}
+
+
+def _random(variant: str) -> dict[str, torch.Tensor]:
+    """The keys of a variant, with small tensors of as many axes; rows divide into query, key and value."""
+    return {key: torch.randn([6] * len(shape)) for key, shape in ORIGINAL[variant].items()}
+
+
+def _equal(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -23,6 +39,50 @@ def test_keys_and_shapes_of_the_published_layouts(variant):
     ours = create_model(variant, device="meta").state_dict()
     converted = convert_state_dict(transformers, "nat_models")
     assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in ours.items()}
+
+
+@pytest.mark.parametrize("variant", ORIGINAL)
+def test_the_authors_keys_and_shapes_are_those_of_our_network(variant):
+    ours = create_model(variant, device="meta").state_dict()
+    converted = convert_state_dict(_meta(variant), "nat_models")
+    assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in ours.items()}
+
+
+@pytest.mark.parametrize("variant", ORIGINAL)
+def test_ways_through_the_layouts_lose_no_bit(variant):
+    original = _random(variant)
+    ours = convert_state_dict(original, "nat_models")
+    index = {key for key in original if key.endswith("relative_position_index")}  # follows from the table's size
+    assert _equal(convert_state_dict(ours, "original"), {k: v for k, v in original.items() if k not in index})
+    assert len(ours) == len(original) - len(index)
+    if variant in IN_TRANSFORMERS:
+        model_type = variant.split("_")[0]
+        theirs = convert_state_dict(ours, "transformers", model_type=model_type)
+        assert all(key.startswith((f"{model_type}.", "classifier.")) for key in theirs)
+        assert detect_layout(theirs) == "transformers"
+        assert _equal(convert_state_dict(theirs, "nat_models"), ours)
+    else:
+        with pytest.raises(CheckpointError, match="has no layout for networks of patches"):
+            convert_state_dict(ours, "transformers")
+
+
+@pytest.mark.parametrize("variant", ["dinat_base", "dinat_s_tiny"])
+def test_a_backbones_norms_go_through_the_layouts(variant):
+    original = {k: v for k, v in _random(variant).items() if not k.startswith(("norm.", "head."))} | NORMS
+    assert detect_layout(original) == "original"
+    ours = convert_state_dict(original, "nat_models")
+    assert torch.equal(ours["output_norms.2.bias"], NORMS["norm2.bias"])
+    assert _equal(convert_state_dict(ours, "original"), original)
+    if variant in IN_TRANSFORMERS:
+        theirs = convert_state_dict(ours, "transformers")
+        assert torch.equal(theirs["hidden_states_norms.stage3.bias"], NORMS["norm2.bias"])
+        assert all(key.startswith(("embeddings.", "encoder.", "hidden_states_norms.")) for key in theirs)
+        assert _equal(convert_state_dict(theirs, "nat_models"), ours)
+
+
+def test_an_unknown_model_type_is_an_error():
+    with pytest.raises(ValueError, match="got model_type='swin'"):
+        convert_state_dict(random_state_dict("original"), "transformers", model_type="swin")
 
 
 @pytest.mark.parametrize("source", LAYOUTS)
@@ -61,7 +121,7 @@ def test_keys_that_transformers_does_not_know_keep_their_names(key):
     assert any(name.endswith(key) for name in convert_state_dict(state_dict, "nat_models"))
 
 
-@pytest.mark.parametrize("prefix", ["", "nat."])
+@pytest.mark.parametrize("prefix", ["", "nat.", "dinat."])
 @pytest.mark.parametrize("key", ["embeddings.norm.weight", "encoder.levels.0.layers.0.layernorm_before.bias"])
 def test_one_key_of_transformers_tells_its_layout(prefix, key):
     assert detect_layout({f"{prefix}{key}": torch.zeros(1)}) == "transformers"

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from timm.models import create_model, list_models
+from timm.models import create_model
 from timm.models._features import FeatureGetterNet
 
-import nat_models  # noqa: F401  registers the models
+from tests.networks.zoo import MODELS, is_isotropic, tiny
 
 CLASSES = ["list", "dict", "hook", "fx"]
 SMALL = dict(embed_dim=16, depths=(1, 1, 2, 2), num_heads=(1, 2, 4, 8), drop_path_rate=0.0)
@@ -20,10 +20,10 @@ def _maps(output) -> list[torch.Tensor]:
     return list(output.values()) if isinstance(output, dict) else output
 
 
-@pytest.mark.parametrize("name", list_models(module="nat"))
+@pytest.mark.parametrize("name", MODELS)
 def test_maps_are_nchw_and_as_announced(name):
-    model = create_model(name, features_only=True).eval()
-    assert model.feature_info.reduction() == [4, 8, 16, 32]
+    model = tiny(name, features_only=True).eval()
+    assert model.feature_info.reduction() == ([16] * 3 if is_isotropic(name) else [4, 8, 16, 32])
     with torch.no_grad():
         features = model(torch.randn(1, 3, 96, 128))
     for feature, channels, reduction in zip(

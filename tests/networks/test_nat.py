@@ -16,8 +16,8 @@ import nat_models  # noqa: F401  registers the models
 from nat_models.networks.blocks import NATBlock
 from nat_models.networks.nat import NAT
 from tests.conftest import FIXTURES, original_state_dict, tensor
+from tests.networks.zoo import MODELS, tiny
 
-MODELS = list_models(module="nat")
 GOLDEN = load_file(FIXTURES / "nat_models.safetensors")
 # The published table: parameters, GMACs at 224 px.
 PUBLISHED = {
@@ -40,8 +40,8 @@ def _small(**kwargs) -> NAT:
 
 
 def test_the_zoo_is_registered():
-    assert set(MODELS) == set(PUBLISHED)
-    assert set(list_models("nat_*", pretrained=True)) == {f"{name}.shi_in1k" for name in PUBLISHED}
+    assert set(list_models(module="nat")) == set(PUBLISHED)
+    assert set(list_models(module="nat", pretrained=True)) == {f"{name}.shi_in1k" for name in PUBLISHED}
 
 
 @pytest.mark.parametrize("case", [name.removesuffix("/logits") for name in GOLDEN if name.endswith("/logits")])
@@ -92,7 +92,7 @@ def test_fvcore_counts_the_published_cost_too(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_backward_reaches_every_parameter(name):
-    model = create_model(name, num_classes=42, drop_path_rate=0.0).train()
+    model = tiny(name, num_classes=42, drop_path_rate=0.0).train()
     logits = model(torch.randn(2, 3, 128, 96))
     assert logits.shape == (2, 42)
     logits.square().mean().backward()
@@ -102,7 +102,7 @@ def test_backward_reaches_every_parameter(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_default_cfg_describes_the_model(name):
-    model = create_model(name).eval()
+    model = tiny(name).eval()
     cfg = model.default_cfg
     state_dict = model.state_dict()
     assert f"{cfg['classifier']}.weight" in state_dict and f"{cfg['first_conv']}.weight" in state_dict
@@ -119,12 +119,14 @@ def test_default_cfg_describes_the_model(name):
         model.reset_classifier(7, "avg")
         assert model(x).shape == (1, 7) and model.num_classes == 7
     data = resolve_model_data_config(model)
-    assert (data["crop_pct"], data["interpolation"], data["input_size"]) == (0.875, "bicubic", (3, 224, 224))
+    size, crop_pct = (384, 1.0) if name.endswith("384") else (224, 0.875)
+    assert (data["crop_pct"], data["interpolation"], data["input_size"]) == (crop_pct, "bicubic", (3, size, size))
+    assert cfg.get("hf_hub_id") or cfg["url"].endswith(".pth")
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_forward_intermediates_ends_in_forward_features(name):
-    model = create_model(name).eval()
+    model = tiny(name).eval()
     x = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         expected = model.forward_features(x)
