@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from .checkpoints.saving import label_names
 from .errors import UserError, missing_extra, require
 from .ops import use_backend
 
@@ -144,14 +144,6 @@ FORMATS = {
     "aoti": (".pt2", write_aoti, load_aoti),
     "torchscript": (".pt", write_torchscript, load_torchscript),
 }
-
-
-def label_names(model: nn.Module) -> list[str]:
-    """The checkpoint's class names, else ImageNet's where the number of classes says so, else none."""
-    names = model.pretrained_cfg.get("label_names")
-    if names is None and (subset := infer_imagenet_subset(model)) is not None:
-        names = ImageNetInfo(subset).label_descriptions()
-    return list(names) if names is not None and len(names) == model.num_classes else []
 
 
 def largest_difference(run: Callable[[Tensor], Tensor], model: nn.Module, size: Sequence[int]) -> float:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1] / "nat_models"
 # longest name that starts its own.
 ROOMS = [
     ["errors"],
-    ["resources"],
+    ["resources", "writing"],
     ["ops.window", "ops.request", "ops.tracing"],
     ["ops.checks"],
     ["ops.backends"],
@@ -25,6 +25,7 @@ ROOMS = [
     ["checkpoints"],
     ["networks"],
     ["fuse", "export", "integrations"],
+    ["conversion"],
     [""],  # nat_models/__init__.py, which re-exports
     ["training"],  # settings, images, splits, run_state, report, task, models and what they build on
     ["training.tuning", "training.tasks", "training.embeddings", "training.evaluation"],

@@ -1,6 +1,7 @@
 """Reading files of weights without running code from them, and saying why one cannot be read."""
 
 import argparse
+import hashlib
 import json
 import pickle
 import re
@@ -57,6 +58,15 @@ def read_checkpoint(path: str | Path) -> object:
 def holds_weights(folder: str | Path) -> bool:
     """Whether read_checkpoint finds weights in a folder."""
     return any((Path(folder) / name).is_file() for name in _IN_FOLDER)
+
+
+def sha256_of(path: str | Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _file_in(folder: Path) -> Path:

@@ -43,9 +43,9 @@ from ..training.models import (
     resolve_name,
 )
 from ..training.report import console
-from ..training.run_state import write_atomically, writing
 from ..training.splits import Part, read_part
 from ..training.tables import Columns
+from ..writing import write_atomically, writing
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

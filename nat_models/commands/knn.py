@@ -18,7 +18,7 @@ from rich.table import Table
 from ..training.embeddings import Features, load_features
 from ..training.probing import KS, baselines, check_pair, knn, split_features
 from ..training.report import console
-from ..training.run_state import write_atomically, writing
+from ..writing import write_atomically, writing
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -13,8 +13,8 @@ from ..training.embeddings import Extractor, load_features
 from ..training.models import add_model_flags, model_from_flags
 from ..training.probing import compute, draw_components, draw_map
 from ..training.report import console
-from ..training.run_state import write_atomically, writing
 from ..training.splits import find_images
+from ..writing import write_atomically, writing
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -36,8 +36,8 @@ from ..training.models import (
     probability,
     readable,
 )
-from ..training.run_state import writing
 from ..training.splits import find_images
+from ..writing import writing
 
 UNSURE = "_unsure"
 _CHUNK = 64  # batches of paths from standard input for which workers are started; without workers it is one

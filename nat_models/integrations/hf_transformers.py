@@ -34,6 +34,7 @@ from transformers.models.swin.modeling_swin import SwinImageClassifierOutput, Sw
 from transformers.utils.generic import can_return_tuple
 
 from ..checkpoints.layouts import BLOCK_NAMES, QKV_NAMES, STEM_AND_HEAD_NAMES
+from ..checkpoints.saving import network_arguments
 from ..layers import NeighborhoodAttention2d
 from ..networks.nat import NAT
 
@@ -105,25 +106,7 @@ def _conversions() -> list[WeightRenaming | WeightConverter]:
 
 
 def _network(config: DinatConfig, **kwargs) -> NAT:
-    fixed = dict(patch_size=4, hidden_act="gelu", layer_norm_eps=1e-5)
-    if other := {name: getattr(config, name) for name, value in fixed.items() if getattr(config, name) != value}:
-        raise ValueError(f"NAT and DiNAT have {fixed}, got {other} in the configuration.")
-    return NAT(
-        in_chans=config.num_channels,
-        num_classes=0,
-        embed_dim=config.embed_dim,
-        depths=config.depths,
-        num_heads=config.num_heads,
-        kernel_size=config.kernel_size,
-        dilations=config.dilations,
-        mlp_ratio=config.mlp_ratio,
-        qkv_bias=config.qkv_bias,
-        init_values=config.layer_scale_init_value or None,
-        proj_drop_rate=config.hidden_dropout_prob,
-        attn_drop_rate=config.attention_probs_dropout_prob,
-        drop_path_rate=config.drop_path_rate,
-        **kwargs,
-    )
+    return NAT(num_classes=0, **network_arguments(config.to_dict()), **kwargs)
 
 
 class NatPreTrainedModel(PreTrainedModel):

@@ -46,8 +46,15 @@ class ConvTokenizer(nn.Module):
 
 def patch_tokenizer(in_chans: int, embed_dim: int, patch_size: int, **dd) -> PatchEmbed:
     """Patches that do not overlap, of an image padded at the bottom and right: [B, in_chans, H, W] -> NHWC."""
+    any_size = dict(img_size=None, strict_img_size=False, dynamic_img_pad=True)
     return PatchEmbed(
-        None, patch_size, in_chans, embed_dim, norm_layer=nn.LayerNorm, output_fmt="NHWC", dynamic_img_pad=True, **dd
+        patch_size=patch_size,
+        in_chans=in_chans,
+        embed_dim=embed_dim,
+        norm_layer=nn.LayerNorm,
+        output_fmt="NHWC",
+        **any_size,
+        **dd,
     )
 
 

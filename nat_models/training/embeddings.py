@@ -23,11 +23,11 @@ from timm.data.model_config import resolve_input_data_config
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..writing import write_atomically, writing
 from .decoding import Encoded, ImageFile, decode
 from .images import ImageSet, make_loader, read_batches
 from .models import PRECISIONS, make_model
 from .report import console, track
-from .run_state import write_atomically, writing
 
 KINDS = ("pooled", "levels", "dense")
 FORMATS = (".safetensors", ".npz", ".parquet")

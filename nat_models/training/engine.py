@@ -15,6 +15,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from ..errors import Stopped, UserError
+from ..writing import restore_folder, write_atomically, writing
 from .freezing import head_parameters, set_training
 from .images import read_batches
 from .interrupts import Interrupts
@@ -31,19 +32,7 @@ from .report import (
     track,
     tracker_names,
 )
-from .run_state import (
-    Course,
-    check_resume,
-    commit,
-    describe,
-    has_state,
-    locked,
-    restore_folder,
-    saved_batch,
-    with_extended_epochs,
-    write_atomically,
-    writing,
-)
+from .run_state import Course, check_resume, commit, describe, has_state, locked, saved_batch, with_extended_epochs
 from .sampling import seed_step
 from .settings import Resume, Settings
 from .task import Task

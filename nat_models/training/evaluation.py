@@ -22,12 +22,12 @@ from torchmetrics.functional.classification import (
 )
 
 from ..errors import UserError
+from ..writing import write_atomically
 from .decoding import Encoded, describe
 from .drawing import draw_confusion, draw_reliability, draw_sheet, png
 from .images import ImageSet, make_loader, read_batches
 from .models import PRECISIONS, readable
 from .report import track
-from .run_state import write_atomically
 
 BINS = 15  # of the calibration error, as in Guo et al., arXiv:1706.04599
 _WHOLE_MATRIX = 1000  # classes

@@ -1,40 +1,12 @@
-"""Folders of weights for others: timm's and transformers' configuration, safetensors, and a model card."""
+"""The model card of a run."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
 import yaml
-from safetensors.torch import save_file
-from timm.models._hub import save_config_for_hf
-from torch import nn
 
 from .settings import FREE, Settings
-
-
-def save_model(network: nn.Module, folder: Path, *, model_config: Mapping, data_config: Mapping) -> None:
-    """Writes config.json and model.safetensors, which timm (`local-dir:FOLDER`) and transformers' AutoModel load.
-
-    Args:
-        network: A timm model.
-        folder: Exists.
-        model_config: More for the top of config.json: label_names; what is None is left out.
-        data_config: The preprocessing, in timm's words.
-    """
-    # safetensors takes no tensor that is channels-last; transformers takes no file that does not say it is PyTorch's.
-    tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors", metadata=dict(format="pt"))
-    config = {name: value for name, value in model_config.items() if value is not None}
-    path = folder / "config.json"
-    save_config_for_hf(network, path, model_config=config, data_config=dict(data_config))
-    written = json.loads(path.read_text())
-    # It stands at the top as well, and transformers passes on both. What else timm repeats there, in_chans and
-    # global_pool, has to stay: transformers reads it nowhere else.
-    written.get("model_args", {}).pop("num_classes", None)
-    for stale in ("label_names", "label_descriptions"):  # of the model that this one was fine-tuned from
-        written["pretrained_cfg"].pop(stale, None)
-    path.write_text(json.dumps(written, indent=2))
 
 
 def model_card(

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from ..errors import UserError
-from .run_state import swap_folder, write_atomically
+from ..writing import swap_folder, write_atomically
 from .settings import Settings
 from .task import Task
 

@@ -1,4 +1,4 @@
-"""The folder of a run: its lock, files that are whole or absent, and what continuing needs.
+"""The folder of a run: its lock, and what continuing needs.
 
 state/ alone decides how far a run has come, and everything else can be written again from it: a run killed at any
 moment goes on with --resume as if nothing had happened.
@@ -6,7 +6,6 @@ moment goes on with --resume as if nothing had happened.
 
 import dataclasses
 import json
-import os
 import platform
 import shutil
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from ..errors import UserError
+from ..writing import swap_folder, writing
 from .settings import FREE, Resume, Settings
 
 VERSIONED = ("accelerate", "nat_models", "timm", "torch")
@@ -90,15 +90,6 @@ def locked(output: Path, accelerator: Accelerator) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-@contextmanager
-def writing(path: Path, advice: str = "choose another --output") -> Iterator[None]:
-    """Turns what a disk refuses into an error of one line; `advice` is what to do about it."""
-    try:
-        yield
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"Cannot write {path}: {getattr(e, 'strerror', None) or e}: {advice}.") from None
 
 
 def describe(settings: Settings, classes: list[str], digest: str, processes: int) -> dict:
@@ -187,29 +178,6 @@ def with_extended_epochs(settings: Settings, resume: Resume) -> Settings:
     if resume.extend_epochs < settings.epochs:
         raise UserError(f"--extend-epochs must exceed the run's epochs, {settings.epochs}, got {resume.extend_epochs}.")
     return dataclasses.replace(settings, epochs=resume.extend_epochs)
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(temporary, path)
-
-
-def swap_folder(new: Path, path: Path) -> None:
-    """Puts a finished folder in the place of an older one. No system call replaces a folder that is not empty, so for
-    an instant there is none at `path`, and `restore_folder` puts the older one back; half of one there never is."""
-    old = path.with_name(f"{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        os.replace(path, old)
-    os.replace(new, path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def restore_folder(path: Path) -> None:
-    old = path.with_name(f"{path.name}.old")
-    if old.is_dir() and not path.exists():
-        os.replace(old, path)
 
 
 def commit(accelerator: Accelerator, course: Course, run: dict, state: Path) -> None:

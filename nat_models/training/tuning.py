@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 from timm.optim import create_optimizer_v2
 
 from ..errors import UserError
+from ..writing import write_atomically, writing
 from .freezing import freeze, set_training
 from .images import make_loader, read_batches
 from .parts import make_accelerator, prepare, with_global_batch
 from .report import console, track
-from .run_state import write_atomically, writing
 from .sampling import seed_step
 from .settings import Settings
 from .task import Task

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from nat_models.training.run_state import write_atomically
+from nat_models.writing import write_atomically
 
 from .measure import machine
 from .plots import PLOTS, plot, print_table

@@ -12,6 +12,7 @@ from timm.models import create_model
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from nat_models.checkpoints import convert_state_dict  # noqa: E402
+from nat_models.errors import UserError  # noqa: E402
 from nat_models.integrations import hf_transformers as hf  # noqa: E402
 from tests.conftest import FIXTURES, original_state_dict, tensor  # noqa: E402
 
@@ -280,7 +281,7 @@ def test_gradient_checkpointing_computes_blocks_again_and_changes_no_gradient():
 
 @pytest.mark.parametrize("other", [dict(patch_size=8), dict(hidden_act="relu"), dict(layer_norm_eps=1e-6)])
 def test_a_configuration_that_the_networks_do_not_have_is_an_error(other):
-    with pytest.raises(ValueError, match=f"got {other}".replace("{", r"\{")):
+    with pytest.raises(UserError, match=f"got {other}".replace("{", r"\{")):
         hf.NatModel(_config("nat", **other))
 
 

@@ -7,7 +7,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
-from timm.models import create_model, list_models
+from timm.models import create_model, list_models, save_for_hf
 from timm.optim import create_optimizer_v2
 from torch._inductor.utils import run_and_get_code
 from torch.utils.flop_counter import FlopCounterMode
@@ -122,6 +122,15 @@ def test_default_cfg_describes_the_model(name):
     size, crop_pct = (384, 1.0) if name.endswith("384") else (224, 0.875)
     assert (data["crop_pct"], data["interpolation"], data["input_size"]) == (crop_pct, "bicubic", (3, size, size))
     assert cfg.get("hf_hub_id") or cfg["url"].endswith(".pth")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_timm_saves_it_builds_again(name, tmp_path):
+    model = tiny(name, num_classes=3, in_chans=1).eval()
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    again = create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = torch.randn(1, 1, 64, 96)
+    assert torch.equal(again(x), model(x))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -18,11 +18,11 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support
 from timm.data import create_transform, resolve_model_data_config
 
+from nat_models.checkpoints.saving import save_model
 from nat_models.cli import main
 from nat_models.errors import UserError
 from nat_models.training.evaluation import judge
 from nat_models.training.models import class_names, make_model, readable, resolve_name
-from nat_models.training.publishing import save_model
 from tests.training.conftest import TINY, fit, make_settings
 
 

@@ -9,8 +9,8 @@ from PIL import Image
 from safetensors import safe_open
 from timm.data.model_config import resolve_input_data_config
 
+from nat_models.checkpoints.saving import save_model
 from nat_models.training.models import class_names, is_multi_label, make_model
-from nat_models.training.publishing import save_model
 
 TINY = dict(embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), kernel_size=3)
 NAMES = ["zebra", "ape", "cat", "dog"]

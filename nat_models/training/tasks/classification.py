@@ -21,10 +21,11 @@ from torchmetrics.classification import (
     MultilabelF1Score,
 )
 
+from ...checkpoints.saving import save_model
 from ...errors import UserError, unknown
 from ..images import ImageSet
 from ..models import make_model
-from ..publishing import model_card, save_model
+from ..publishing import model_card
 from ..settings import Settings, option
 from ..splits import Part, drop_unreadable, read_data
 from ..tables import Columns
