@@ -2,7 +2,7 @@
 
 from . import registration  # noqa: F401  makes torch.ops.nat_models
 from .backends import BACKENDS
-from .functional import na2d, na2d_qkvpacked
+from .functional import na1d, na2d, na2d_qkvpacked
 from .selection import explain, use_backend
 
-__all__ = ["BACKENDS", "explain", "na2d", "na2d_qkvpacked", "use_backend"]
+__all__ = ["BACKENDS", "explain", "na1d", "na2d", "na2d_qkvpacked", "use_backend"]

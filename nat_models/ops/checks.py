@@ -56,6 +56,30 @@ def check_packed(
     return _check_rest("qkv", qkv, shape, rpb, kernel_size, dilation)
 
 
+def as_row(name: str, x: Tensor) -> Tensor:
+    """[B, L, num_heads, head_dim] -> [B, 1, L, num_heads, head_dim]: a sequence as a map of one row.
+
+    Raises:
+        ValueError: x has another number of axes.
+    """
+    if len(_shape(name, x)) != 4:
+        raise ValueError(f"{name} must be [B, L, num_heads, head_dim], got shape {tuple(x.shape)}.")
+    return x.unsqueeze(1)
+
+
+def as_row_rpb(rpb: Tensor | None) -> Tensor | None:
+    """[num_heads, 2*K-1] -> [num_heads, 1, 2*K-1]: the bias of a sequence as that of a map of one row.
+
+    Raises:
+        ValueError: rpb has another number of axes.
+    """
+    if rpb is None:
+        return None
+    if rpb.dim() != 2:
+        raise ValueError(f"rpb of a sequence must be [num_heads, 2*K-1], got shape {tuple(rpb.shape)}.")
+    return rpb.unsqueeze(1)
+
+
 def _shape(name: str, x: Tensor) -> Sequence[int]:
     if x is None:  # PyTorch hands on None where an operator takes a tensor
         raise ValueError(f"{name} must be a tensor, got None.")

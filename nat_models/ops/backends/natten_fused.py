@@ -22,6 +22,8 @@ def why_not(request: Request) -> str | None:
         return "NATTEN drops no attention weights"
     if request.transformed:
         return "NATTEN has neither forward mode nor batching rules"
+    if 1 in request.kernel_size:
+        return f"NATTEN takes a kernel_size of at least 2 on each axis, not {request.kernel_size}"
     if request.scale == 0.0:
         return "NATTEN takes a scale of 0.0 for none given"
     if device not in ("cpu", "cuda"):
