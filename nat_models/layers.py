@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor
 
-from .ops import na2d_qkvpacked
+from .ops import na2d_qk, na2d_qkvpacked
+from .ops.checks import as_row_rpb
 from .ops.window import row_window, window_pair
 
 
@@ -93,6 +94,27 @@ class NeighborhoodAttention2d(nn.Module):
         )
         return self.proj_drop(self.proj(x))
 
+    def attention_weights(self, x: Tensor) -> Tensor:
+        """Where each token looks: the weights that `forward` gives its keys, before any dropout.
+
+        Args:
+            x: [B, H, W, C].
+
+        Returns:
+            [B, H, W, num_heads, K_h*K_w], each 1 in sum; the order of keys is that of na2d_qk. A map smaller than
+            kernel_size * dilation is padded: its windows, and so the keys, are those of the padded map, with tokens
+            beyond x's height and width among them.
+        """
+        return self._weights(x, self.rpb)
+
+    def _weights(self, x: Tensor, rpb: Tensor | None) -> Tensor:
+        qkv = self.qkv(with_zero_token(x, self.kernel_size, self.dilation))
+        if not _fits(x, self.kernel_size, self.dilation):
+            qkv = _pad(qkv, x, self.kernel_size, self.dilation)
+        query, key, _ = _by_head(qkv, self.num_heads).unbind(3)
+        logits = na2d_qk(query, key, kernel_size=self.kernel_size, dilation=self.dilation, rpb=rpb, scale=self.scale)
+        return logits.softmax(-1)[:, : x.shape[1], : x.shape[2]]
+
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}, kernel_size={self.kernel_size}, dilation={self.dilation}"
 
@@ -127,6 +149,10 @@ class NeighborhoodAttention1d(NeighborhoodAttention2d):
         rpb = self.rpb
         return self._attend(x.unsqueeze(1), None if rpb is None else rpb.unsqueeze(1)).squeeze(1)
 
+    def attention_weights(self, x: Tensor) -> Tensor:
+        """[B, L, C] -> [B, L, num_heads, K]; see NeighborhoodAttention2d."""
+        return self._weights(x.unsqueeze(1), as_row_rpb(self.rpb)).squeeze(1)
+
 
 # The two functions below ask about sizes, which neither torch.fx nor TorchScript can follow. A symbolic trace records a
 # call of each; TorchScript calls back into Python, so a scripted model runs and trains but cannot be saved.
@@ -158,10 +184,8 @@ def attend(
     fits = _fits(x, kernel_size, dilation)
     if not fits:
         qkv = _pad(qkv, x, kernel_size, dilation)
-    # Not unflatten: of its result the TorchScript exporter to ONNX takes the sizes for constants.
-    qkv = qkv.view(*qkv.shape[:3], 3, num_heads, qkv.shape[3] // (3 * num_heads))
     output = na2d_qkvpacked(
-        qkv,
+        _by_head(qkv, num_heads),
         kernel_size=kernel_size,
         dilation=dilation,
         rpb=rpb,
@@ -171,6 +195,12 @@ def attend(
     if not fits:
         output = output[:, : x.shape[1], : x.shape[2]].clone(memory_format=torch.contiguous_format)
     return output.flatten(3)
+
+
+def _by_head(qkv: Tensor, num_heads: int) -> Tensor:
+    """[B, H, W, 3 * C] -> [B, H, W, 3, num_heads, head_dim]."""
+    # Not unflatten: of its result the TorchScript exporter to ONNX takes the sizes for constants.
+    return qkv.view(*qkv.shape[:3], 3, num_heads, qkv.shape[3] // (3 * num_heads))
 
 
 def _fits(x: Tensor, kernel_size: tuple[int, int], dilation: tuple[int, int]) -> bool:

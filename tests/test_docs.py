@@ -25,7 +25,7 @@ PAGES = {
     "docs/inference.md": 2,
     "docs/export.md": 3,
     "docs/adapting.md": 2,
-    "docs/operator.md": 3,
+    "docs/operator.md": 4,
     "docs/benchmarks.md": 0,
     "docs/finetune.md": 3,
     "docs/evaluate.md": 2,

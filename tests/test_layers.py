@@ -7,7 +7,7 @@ import torch.nn.utils.prune as prune
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nat_models import NeighborhoodAttention1d, NeighborhoodAttention2d, layers, na1d, na2d
-from nat_models.ops import use_backend
+from nat_models.ops import na1d_av, na2d_av, use_backend
 from tests.conftest import needs_torch
 
 
@@ -212,3 +212,27 @@ def test_a_layer_is_compiled_whole_and_scripted(layer):
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), expected)
     torch.testing.assert_close(torch.jit.script(layer)(x), expected)
+
+
+@pytest.mark.parametrize("size", [(9, 8), (3, 9), (1, 1)])
+def test_the_layers_weights_are_those_it_attends_with(size):
+    layer = NeighborhoodAttention2d(16, 2, kernel_size=(7, 5), scale=0.7)
+    torch.nn.init.normal_(layer.rpb)
+    x = torch.randn(2, *size, 16)
+    weights = layer.attention_weights(x)
+    assert weights.shape == (2, *size, 2, 35)
+    # Applied to the values of the padded map.
+    padded = F.pad(x, (0, 0, 0, max(0, 5 - size[1]), 0, max(0, 7 - size[0])))
+    value = layer.qkv(padded).unflatten(-1, (3, 2, 8))[..., 2, :, :]
+    weights = F.pad(weights, (0, 0, 0, 0, 0, max(0, 5 - size[1]), 0, max(0, 7 - size[0])))
+    output = na2d_av(weights, value, kernel_size=(7, 5))[:, : size[0], : size[1]]
+    torch.testing.assert_close(layer.proj(output.flatten(3)), layer(x))
+
+
+def test_the_weights_of_a_sequence_are_those_it_attends_with():
+    layer = NeighborhoodAttention1d(16, 2, kernel_size=5, dilation=2)
+    torch.nn.init.normal_(layer.rpb)
+    x = torch.randn(2, 23, 16)
+    value = layer.qkv(x).unflatten(-1, (3, 2, 8))[..., 2, :, :]
+    output = na1d_av(layer.attention_weights(x), value, kernel_size=5, dilation=2)
+    torch.testing.assert_close(layer.proj(output.flatten(2)), layer(x))

@@ -56,6 +56,35 @@ def check_packed(
     return _check_rest("qkv", qkv, shape, rpb, kernel_size, dilation)
 
 
+def check_qk(
+    query: Tensor,
+    key: Tensor,
+    rpb: Tensor | None,
+    kernel_size: int | Sequence[int],
+    dilation: int | Sequence[int],
+) -> Window:
+    """The same for a call that asks for the logits of query and key."""
+    return check_apart(query, key, key, rpb, kernel_size, dilation)
+
+
+def check_av(weights: Tensor, value: Tensor, kernel_size: int | Sequence[int], dilation: int | Sequence[int]) -> Window:
+    """The same for a call that applies weights to value."""
+    shape = _shape("value", value)
+    if len(shape) != 5:
+        raise ValueError(f"value must be [B, H, W, num_heads, head_dim], got shape {tuple(shape)}.")
+    kernel_size, dilation = _check_rest("value", value, shape, None, kernel_size, dilation)
+    expected = (*shape[:4], kernel_size[0] * kernel_size[1])
+    if _shape("weights", weights) != expected or weights.device != value.device:
+        raise ValueError(
+            f"weights must be [B, H, W, num_heads, K_h*K_w] = {expected} on {value.device}, "
+            f"got {tuple(weights.shape)} on {weights.device}."
+        )
+    if weights.dtype not in (value.dtype, torch.float32):
+        raise ValueError(f"weights must be {value.dtype}, as value is, or torch.float32, got {weights.dtype}.")
+    _check_layout("weights", weights)
+    return kernel_size, dilation
+
+
 def as_row(name: str, x: Tensor) -> Tensor:
     """[B, L, num_heads, head_dim] -> [B, 1, L, num_heads, head_dim]: a sequence as a map of one row.
 

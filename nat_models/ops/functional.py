@@ -54,7 +54,7 @@ def na2d(
 
     Source: Hassani et al., CVPR 2023, arXiv:2204.07143, section 3; dilation arXiv:2209.15001.
     """
-    query, key, value = map(_autocast, (query, key, value))
+    query, key, value = map(autocast, (query, key, value))
     window = *check_apart(query, key, value, rpb, kernel_size, dilation), _scale(query, scale)
     _check_dropout(dropout_p)
     requires_grad = torch.is_grad_enabled() and (
@@ -79,7 +79,7 @@ def na2d_qkvpacked(
 
     The same result; its gradient is packed too, where that of three views would be three tensors and a copy.
     """
-    qkv = _autocast(qkv)
+    qkv = autocast(qkv)
     window = *check_packed(qkv, rpb, kernel_size, dilation), _scale(qkv, scale)
     _check_dropout(dropout_p)
     requires_grad = torch.is_grad_enabled() and (qkv.requires_grad or (rpb is not None and rpb.requires_grad))
@@ -180,7 +180,8 @@ def _call(
         return BACKENDS[backend].na2d(query, key, value, rpb, *window)
 
 
-def _autocast(x: Tensor) -> Tensor:
+def autocast(x: Tensor) -> Tensor:
+    """x in the dtype that autocast computes in; float64 stays."""
     if not autocast_enabled(x) or x.dtype == torch.float64:
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))
