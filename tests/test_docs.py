@@ -26,6 +26,7 @@ PAGES = {
     "docs/export.md": 3,
     "docs/adapting.md": 2,
     "docs/operator.md": 4,
+    "docs/natten_legacy.md": 4,
     "docs/benchmarks.md": 0,
     "docs/finetune.md": 3,
     "docs/evaluate.md": 2,

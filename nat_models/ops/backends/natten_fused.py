@@ -3,6 +3,7 @@
 import functools
 import importlib.metadata
 import importlib.util
+import sys
 
 import torch
 from torch import Tensor
@@ -46,6 +47,8 @@ def why_not(request: Request) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _why_not_installed(device: str, compiling: bool) -> str | None:
+    if getattr(sys.modules.get("natten"), "is_nat_models", False):  # it would call this package back
+        return "integrations.natten_legacy.install() put its own functions at natten"
     return _why_no_natten(device, compiling)
 
 
