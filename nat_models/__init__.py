@@ -2,8 +2,8 @@
 
 from . import networks
 from .fuse import fuse
-from .layers import NeighborhoodAttention2d
-from .ops import na2d
+from .layers import NeighborhoodAttention1d, NeighborhoodAttention2d
+from .ops import na1d, na2d
 
-__all__ = ["NeighborhoodAttention2d", "fuse", "na2d", "networks"]
+__all__ = ["NeighborhoodAttention1d", "NeighborhoodAttention2d", "fuse", "na1d", "na2d", "networks"]
 __version__ = "0.1.0"

@@ -9,7 +9,7 @@ import sys
 
 from torch import Tensor
 
-from .layers import NeighborhoodAttention2d
+from .layers import NeighborhoodAttention1d, NeighborhoodAttention2d
 from .ops.registration import heads_shape, pair_flops
 
 __all__ = ["fvcore_handles", "tell_counters"]
@@ -30,6 +30,7 @@ fvcore_handles = {"nat_models::na2d": _fvcore_handle(list), "nat_models::na2d_qk
 def _deepspeed_hook(layer: NeighborhoodAttention2d, inputs: tuple[Tensor], output: Tensor) -> None:
     """A forward hook that adds the operator's cost; deepspeed counts the layer's projections, modules of their own."""
     batch, *size, _ = output.shape
+    size = [1, *size][-2:]  # a sequence is a map of one row
     padded = [max(n, k * d) for n, k, d in zip(size, layer.kernel_size, layer.dilation, strict=True)]
     flops = 2 * pair_flops([batch, *padded, layer.num_heads, layer.head_dim], layer.kernel_size)  # QK^T and PV
     layer.__flops__ += flops
@@ -41,4 +42,5 @@ def tell_counters() -> None:
     if (fvcore := sys.modules.get("fvcore.nn.flop_count")) is not None:
         fvcore._DEFAULT_SUPPORTED_OPS.update(fvcore_handles)
     if (deepspeed := sys.modules.get("deepspeed.profiling.flops_profiler.profiler")) is not None:
-        deepspeed.MODULE_HOOK_MAPPING[NeighborhoodAttention2d] = _deepspeed_hook
+        for layer in (NeighborhoodAttention1d, NeighborhoodAttention2d):
+            deepspeed.MODULE_HOOK_MAPPING[layer] = _deepspeed_hook

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor
 
-from .ops import na2d_qkvpacked
-from .ops.window import window_pair
+from .ops import na2d_qk, na2d_qkvpacked
+from .ops.checks import as_row_rpb
+from .ops.window import row_window, window_pair
 
 
 class NeighborhoodAttention2d(nn.Module):
@@ -23,7 +24,7 @@ class NeighborhoodAttention2d(nn.Module):
     Args:
         dim: Channels C of input and output.
         num_heads: Must divide dim.
-        kernel_size: Odd, at least 3; an int serves both axes.
+        kernel_size: Odd; an int serves both axes.
         dilation: At least 1; an int serves both axes.
         qkv_bias: Bias in the qkv projection.
         rel_pos_bias: Learn `rpb` [num_heads, 2*K_h-1, 2*K_w-1], added to the logits.
@@ -32,7 +33,7 @@ class NeighborhoodAttention2d(nn.Module):
         proj_drop: Dropout rate of the output.
 
     Raises:
-        ValueError: num_heads does not divide dim; kernel_size is even or below 3; dilation is below 1.
+        ValueError: num_heads does not divide dim; kernel_size is even or below 1; dilation is below 1.
 
     Source: Hassani et al., CVPR 2023, arXiv:2204.07143, section 3.
     """
@@ -78,10 +79,13 @@ class NeighborhoodAttention2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
+        return self._attend(x, self.rpb)
+
+    def _attend(self, x: Tensor, rpb: Tensor | None) -> Tensor:
         x = attend(
             self.qkv(with_zero_token(x, self.kernel_size, self.dilation)),
             x,
-            self.rpb,
+            rpb,
             self.num_heads,
             self.kernel_size,
             self.dilation,
@@ -90,8 +94,64 @@ class NeighborhoodAttention2d(nn.Module):
         )
         return self.proj_drop(self.proj(x))
 
+    def attention_weights(self, x: Tensor) -> Tensor:
+        """Where each token looks: the weights that `forward` gives its keys, before any dropout.
+
+        Args:
+            x: [B, H, W, C].
+
+        Returns:
+            [B, H, W, num_heads, K_h*K_w], each 1 in sum; the order of keys is that of na2d_qk. A map smaller than
+            kernel_size * dilation is padded: its windows, and so the keys, are those of the padded map, with tokens
+            beyond x's height and width among them.
+        """
+        return self._weights(x, self.rpb)
+
+    def _weights(self, x: Tensor, rpb: Tensor | None) -> Tensor:
+        qkv = self.qkv(with_zero_token(x, self.kernel_size, self.dilation))
+        if not _fits(x, self.kernel_size, self.dilation):
+            qkv = _pad(qkv, x, self.kernel_size, self.dilation)
+        query, key, _ = _by_head(qkv, self.num_heads).unbind(3)
+        logits = na2d_qk(query, key, kernel_size=self.kernel_size, dilation=self.dilation, rpb=rpb, scale=self.scale)
+        return logits.softmax(-1)[:, : x.shape[1], : x.shape[2]]
+
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}, kernel_size={self.kernel_size}, dilation={self.dilation}"
+
+
+class NeighborhoodAttention1d(NeighborhoodAttention2d):
+    """The layer for sequences: NeighborhoodAttention2d on maps of one row and length L.
+
+    A sequence shorter than kernel_size * dilation is padded at its end, as a map is. The attributes `kernel_size` and
+    `dilation` are those of the map, (1, K) and (1, dilation); `rpb` is [num_heads, 2*K-1].
+
+    Args:
+        dim: Channels C of input and output.
+        num_heads: Must divide dim.
+        kernel_size: Odd; an int.
+        dilation: At least 1; an int.
+        **kwargs: As in NeighborhoodAttention2d.
+
+    Raises:
+        ValueError: kernel_size or dilation is no int; what NeighborhoodAttention2d refuses.
+
+    Source: Hassani et al., CVPR 2023, arXiv:2204.07143, section 3; one axis of it.
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, kernel_size: int = 7, dilation: int = 1, **kwargs) -> None:
+        kernel, spacing = row_window(kernel_size, dilation)
+        super().__init__(dim, num_heads, kernel_size=kernel, dilation=spacing, **kwargs)
+        if self.rpb is not None:
+            self.rpb = nn.Parameter(self.rpb.detach().squeeze(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, C] -> [B, L, C]."""
+        rpb = self.rpb
+        return self._attend(x.unsqueeze(1), None if rpb is None else rpb.unsqueeze(1)).squeeze(1)
+
+    def attention_weights(self, x: Tensor) -> Tensor:
+        """[B, L, C] -> [B, L, num_heads, K]; see NeighborhoodAttention2d."""
+        return self._weights(x.unsqueeze(1), as_row_rpb(self.rpb)).squeeze(1)
 
 
 # The two functions below ask about sizes, which neither torch.fx nor TorchScript can follow. A symbolic trace records a
@@ -124,10 +184,8 @@ def attend(
     fits = _fits(x, kernel_size, dilation)
     if not fits:
         qkv = _pad(qkv, x, kernel_size, dilation)
-    # Not unflatten: of its result the TorchScript exporter to ONNX takes the sizes for constants.
-    qkv = qkv.view(*qkv.shape[:3], 3, num_heads, qkv.shape[3] // (3 * num_heads))
     output = na2d_qkvpacked(
-        qkv,
+        _by_head(qkv, num_heads),
         kernel_size=kernel_size,
         dilation=dilation,
         rpb=rpb,
@@ -137,6 +195,12 @@ def attend(
     if not fits:
         output = output[:, : x.shape[1], : x.shape[2]].clone(memory_format=torch.contiguous_format)
     return output.flatten(3)
+
+
+def _by_head(qkv: Tensor, num_heads: int) -> Tensor:
+    """[B, H, W, 3 * C] -> [B, H, W, 3, num_heads, head_dim]."""
+    # Not unflatten: of its result the TorchScript exporter to ONNX takes the sizes for constants.
+    return qkv.view(*qkv.shape[:3], 3, num_heads, qkv.shape[3] // (3 * num_heads))
 
 
 def _fits(x: Tensor, kernel_size: tuple[int, int], dilation: tuple[int, int]) -> bool:

@@ -9,8 +9,8 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nat_models import na2d
-from nat_models.complexity import fvcore_handles
+from nat_models import NeighborhoodAttention1d, na2d
+from nat_models.complexity import fvcore_handles, tell_counters
 from nat_models.ops import use_backend
 from tests.ops.conftest import make_inputs
 
@@ -50,6 +50,18 @@ def test_deepspeeds_table_gets_a_hook_that_counts_the_operator(size, monkeypatch
     flops = counter.get_flop_counts()["Global"]
     expected = sum(n for operator, n in flops.items() if "na2d" in str(operator))
     assert sum(layer.__flops__ for layer in layers) == 2 * sum(layer.__macs__ for layer in layers) == expected > 0
+
+
+@pytest.mark.parametrize("length", [20, 3])  # the second is padded
+def test_deepspeeds_table_counts_sequences_too(length, monkeypatch):
+    profiler = SimpleNamespace(MODULE_HOOK_MAPPING={})
+    monkeypatch.setitem(sys.modules, "deepspeed.profiling.flops_profiler.profiler", profiler)
+    tell_counters()
+    layer = NeighborhoodAttention1d(16, 2, kernel_size=5)
+    layer.__flops__ = layer.__macs__ = 0
+    layer.register_forward_hook(profiler.MODULE_HOOK_MAPPING[NeighborhoodAttention1d])
+    layer(torch.zeros(3, length, 16))
+    assert layer.__flops__ == 2 * layer.__macs__ == 2 * 2 * 3 * max(length, 5) * 5 * 16  # QK^T and PV
 
 
 @pytest.mark.parametrize("backend", [None, "blocked"])

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 import torch.nn.utils.prune as prune
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nat_models import NeighborhoodAttention2d, layers, na2d
-from nat_models.ops import use_backend
+from nat_models import NeighborhoodAttention1d, NeighborhoodAttention2d, layers, na1d, na2d
+from nat_models.ops import na1d_av, na2d_av, use_backend
 from tests.conftest import needs_torch
 
 
@@ -157,7 +157,7 @@ def test_autocast_runs_in_its_dtype():
     ("kwargs", "message"),
     [
         (dict(num_heads=3), r"num_heads must divide dim, got dim=16, num_heads=3"),
-        (dict(num_heads=2, kernel_size=6), r"odd and at least 3, got kernel_size=6"),
+        (dict(num_heads=2, kernel_size=6), r"odd and at least 1, got kernel_size=6"),
         (dict(num_heads=2, dilation=0), r"at least 1, got dilation=0"),
     ],
 )
@@ -178,3 +178,61 @@ def test_a_small_map_is_padded_where_it_is():
         layer = NeighborhoodAttention2d(16, 2, device="cuda", dtype=torch.float16)
         output = layer(torch.empty(1, 3, 9, 16, device="cuda", dtype=torch.float16))
     assert (output.shape, output.dtype, output.device.type) == ((1, 3, 9, 16), torch.float16, "cuda")
+
+
+@pytest.mark.parametrize("rel_pos_bias", [True, False])
+@pytest.mark.parametrize("length", [1, 9, 10, 23])
+def test_a_sequence_is_attended_along_its_length_and_padded_where_it_is_short(length, rel_pos_bias):
+    layer = NeighborhoodAttention1d(16, 2, kernel_size=5, dilation=2, rel_pos_bias=rel_pos_bias)
+    x = torch.randn(2, length, 16)
+    if rel_pos_bias:
+        assert layer.rpb.shape == (2, 9)
+        torch.nn.init.normal_(layer.rpb)
+    padded = F.pad(x, (0, 0, 0, max(0, 10 - length)))
+    query, key, value = layer.qkv(padded).unflatten(-1, (3, 2, 8)).unbind(2)
+    expected = na1d(query, key, value, kernel_size=5, dilation=2, rpb=layer.rpb)
+    output = layer(x)
+    torch.testing.assert_close(output, layer.proj(expected[:, :length].flatten(2)))
+    output.sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+def test_a_layer_of_sequences_says_what_it_cannot_be():
+    with pytest.raises(ValueError, match=r"kernel_size of a sequence must be an int, got kernel_size=\(1, 7\)"):
+        NeighborhoodAttention1d(16, 2, kernel_size=(1, 7))
+    with pytest.raises(TypeError, match="window_size"):
+        NeighborhoodAttention1d(16, 2, window_size=7)
+
+
+@pytest.mark.parametrize("layer", [NeighborhoodAttention1d, NeighborhoodAttention2d])
+def test_a_layer_is_compiled_whole_and_scripted(layer):
+    x = torch.randn(2, 9, 16) if layer is NeighborhoodAttention1d else torch.randn(2, 9, 8, 16)
+    layer = layer(16, 2, kernel_size=3).eval()
+    expected = layer(x)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected)
+    torch.testing.assert_close(torch.jit.script(layer)(x), expected)
+
+
+@pytest.mark.parametrize("size", [(9, 8), (3, 9), (1, 1)])
+def test_the_layers_weights_are_those_it_attends_with(size):
+    layer = NeighborhoodAttention2d(16, 2, kernel_size=(7, 5), scale=0.7)
+    torch.nn.init.normal_(layer.rpb)
+    x = torch.randn(2, *size, 16)
+    weights = layer.attention_weights(x)
+    assert weights.shape == (2, *size, 2, 35)
+    # Applied to the values of the padded map.
+    padded = F.pad(x, (0, 0, 0, max(0, 5 - size[1]), 0, max(0, 7 - size[0])))
+    value = layer.qkv(padded).unflatten(-1, (3, 2, 8))[..., 2, :, :]
+    weights = F.pad(weights, (0, 0, 0, 0, 0, max(0, 5 - size[1]), 0, max(0, 7 - size[0])))
+    output = na2d_av(weights, value, kernel_size=(7, 5))[:, : size[0], : size[1]]
+    torch.testing.assert_close(layer.proj(output.flatten(3)), layer(x))
+
+
+def test_the_weights_of_a_sequence_are_those_it_attends_with():
+    layer = NeighborhoodAttention1d(16, 2, kernel_size=5, dilation=2)
+    torch.nn.init.normal_(layer.rpb)
+    x = torch.randn(2, 23, 16)
+    value = layer.qkv(x).unflatten(-1, (3, 2, 8))[..., 2, :, :]
+    output = na1d_av(layer.attention_weights(x), value, kernel_size=5, dilation=2)
+    torch.testing.assert_close(layer.proj(output.flatten(2)), layer(x))

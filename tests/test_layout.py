@@ -19,6 +19,7 @@ ROOMS = [
     ["ops.selection"],
     ["ops.registration"],
     ["ops.functional"],
+    ["ops.weights"],
     ["ops"],
     ["layers"],
     ["complexity"],

@@ -56,6 +56,59 @@ def check_packed(
     return _check_rest("qkv", qkv, shape, rpb, kernel_size, dilation)
 
 
+def check_qk(
+    query: Tensor,
+    key: Tensor,
+    rpb: Tensor | None,
+    kernel_size: int | Sequence[int],
+    dilation: int | Sequence[int],
+) -> Window:
+    """The same for a call that asks for the logits of query and key."""
+    return check_apart(query, key, key, rpb, kernel_size, dilation)
+
+
+def check_av(weights: Tensor, value: Tensor, kernel_size: int | Sequence[int], dilation: int | Sequence[int]) -> Window:
+    """The same for a call that applies weights to value."""
+    shape = _shape("value", value)
+    if len(shape) != 5:
+        raise ValueError(f"value must be [B, H, W, num_heads, head_dim], got shape {tuple(shape)}.")
+    kernel_size, dilation = _check_rest("value", value, shape, None, kernel_size, dilation)
+    expected = (*shape[:4], kernel_size[0] * kernel_size[1])
+    if _shape("weights", weights) != expected or weights.device != value.device:
+        raise ValueError(
+            f"weights must be [B, H, W, num_heads, K_h*K_w] = {expected} on {value.device}, "
+            f"got {tuple(weights.shape)} on {weights.device}."
+        )
+    if weights.dtype not in (value.dtype, torch.float32):
+        raise ValueError(f"weights must be {value.dtype}, as value is, or torch.float32, got {weights.dtype}.")
+    _check_layout("weights", weights)
+    return kernel_size, dilation
+
+
+def as_row(name: str, x: Tensor) -> Tensor:
+    """[B, L, num_heads, head_dim] -> [B, 1, L, num_heads, head_dim]: a sequence as a map of one row.
+
+    Raises:
+        ValueError: x has another number of axes.
+    """
+    if len(_shape(name, x)) != 4:
+        raise ValueError(f"{name} must be [B, L, num_heads, head_dim], got shape {tuple(x.shape)}.")
+    return x.unsqueeze(1)
+
+
+def as_row_rpb(rpb: Tensor | None) -> Tensor | None:
+    """[num_heads, 2*K-1] -> [num_heads, 1, 2*K-1]: the bias of a sequence as that of a map of one row.
+
+    Raises:
+        ValueError: rpb has another number of axes.
+    """
+    if rpb is None:
+        return None
+    if rpb.dim() != 2:
+        raise ValueError(f"rpb of a sequence must be [num_heads, 2*K-1], got shape {tuple(rpb.shape)}.")
+    return rpb.unsqueeze(1)
+
+
 def _shape(name: str, x: Tensor) -> Sequence[int]:
     if x is None:  # PyTorch hands on None where an operator takes a tensor
         raise ValueError(f"{name} must be a tensor, got None.")

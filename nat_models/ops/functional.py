@@ -1,4 +1,4 @@
-"""What users call: na2d, 2-D neighborhood attention, and its form for a packed qkv."""
+"""What users call: na2d, 2-D neighborhood attention, its form for a packed qkv, and na1d, its form for sequences."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,11 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from .backends import BACKENDS, KERNELS, autocast_enabled, autocast_off, native
-from .checks import check_apart, check_packed
+from .checks import as_row, as_row_rpb, check_apart, check_packed
 from .request import Request
 from .selection import select
 from .tracing import is_converting, is_exporting, is_transformed
+from .window import row_window
 
 _Window = tuple[tuple[int, int], tuple[int, int], float]  # kernel_size, dilation, scale
 
@@ -35,7 +36,7 @@ def na2d(
         query: [B, H, W, num_heads, head_dim]; may be a view into a packed qkv.
         key: Shape, dtype and device of query.
         value: Shape, dtype and device of query.
-        kernel_size: Odd, at least 3; an int serves both axes.
+        kernel_size: Odd; an int serves both axes. 1 on an axis confines the window to the query's own row or column.
         dilation: At least 1; kernel_size * dilation must fit in (H, W). Nothing is padded here.
         rpb: [num_heads, 2*K_h-1, 2*K_w-1], added to the scaled logits; its centre is offset (0, 0). query's dtype or
             float32.
@@ -53,7 +54,7 @@ def na2d(
 
     Source: Hassani et al., CVPR 2023, arXiv:2204.07143, section 3; dilation arXiv:2209.15001.
     """
-    query, key, value = map(_autocast, (query, key, value))
+    query, key, value = map(autocast, (query, key, value))
     window = *check_apart(query, key, value, rpb, kernel_size, dilation), _scale(query, scale)
     _check_dropout(dropout_p)
     requires_grad = torch.is_grad_enabled() and (
@@ -78,7 +79,7 @@ def na2d_qkvpacked(
 
     The same result; its gradient is packed too, where that of three views would be three tensors and a copy.
     """
-    qkv = _autocast(qkv)
+    qkv = autocast(qkv)
     window = *check_packed(qkv, rpb, kernel_size, dilation), _scale(qkv, scale)
     _check_dropout(dropout_p)
     requires_grad = torch.is_grad_enabled() and (qkv.requires_grad or (rpb is not None and rpb.requires_grad))
@@ -91,6 +92,45 @@ def na2d_qkvpacked(
     if backend == "native" and not wants_derivative and rpb is not None and qkv.stride(-1) == 1:
         return _call_inference(qkv, native.as_rpb(rpb, qkv.dtype), *window)
     return torch.ops.nat_models.na2d_qkvpacked.default(qkv, rpb, *window)
+
+
+def na1d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    kernel_size: int,
+    dilation: int = 1,
+    rpb: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """1-D neighborhood attention: `na2d` of sequences, as maps of one row and length L.
+
+    Args:
+        query: [B, L, num_heads, head_dim].
+        key: Shape, dtype and device of query.
+        value: Shape, dtype and device of query.
+        kernel_size: Odd; an int.
+        dilation: At least 1; kernel_size * dilation must fit in L.
+        rpb: [num_heads, 2*K-1], added to the scaled logits; its centre is offset 0. query's dtype or float32.
+        scale: As in na2d.
+        dropout_p: As in na2d.
+
+    Returns:
+        [B, L, num_heads, head_dim], contiguous, query's dtype.
+
+    Raises:
+        ValueError: kernel_size or dilation is no int; what na2d refuses.
+        RuntimeError: The backend that was asked for cannot run here; the message says why.
+
+    Source: as na2d; one axis of it.
+    """
+    query, key, value = as_row("query", query), as_row("key", key), as_row("value", value)
+    kernel, spacing = row_window(kernel_size, dilation)
+    rpb = as_row_rpb(rpb)
+    window = dict(kernel_size=kernel, dilation=spacing, rpb=rpb, scale=scale, dropout_p=dropout_p)
+    return na2d(query, key, value, **window).squeeze(1)
 
 
 def _call_inference(
@@ -114,6 +154,7 @@ def _request(x: Tensor, rpb: Tensor | None, window: _Window, requires_grad: bool
         x.dtype,
         x.shape[-1],
         window[-1],
+        window[0],
         rpb=rpb is not None,
         requires_grad=requires_grad,
         dropout=dropout_p > 0.0,
@@ -139,7 +180,8 @@ def _call(
         return BACKENDS[backend].na2d(query, key, value, rpb, *window)
 
 
-def _autocast(x: Tensor) -> Tensor:
+def autocast(x: Tensor) -> Tensor:
+    """x in the dtype that autocast computes in; float64 stays."""
     if not autocast_enabled(x) or x.dtype == torch.float64:
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))

@@ -12,6 +12,7 @@ class Request(NamedTuple):
     dtype: torch.dtype
     head_dim: int
     scale: float
+    kernel_size: tuple[int, int] = (7, 7)
     rpb: bool = True
     requires_grad: bool = False  # of query, key, value or rpb
     dropout: bool = False  # attention weights are dropped

@@ -1,13 +1,14 @@
 """Which backend runs a call: one decision for na2d, the layer, the operator and explain."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from .backends import BACKENDS, KERNELS, native
 from .request import Request
+from .window import window_pair
 
 # In order of preference, by device. natten_fused and flex run on a CPU on request, slowly and without gradients.
 # exportable stands last for attention dropout under torch.compile, which blocked cannot have traced.
@@ -92,6 +93,7 @@ def explain(
     transformed: bool = False,
     head_dim: int = 32,
     scale: float | None = None,
+    kernel_size: int | Sequence[int] = 7,
 ) -> str:
     """What na2d would run on, what the other backends are, and why those that cannot run cannot.
 
@@ -110,12 +112,14 @@ def explain(
         transformed: Whether torch.func's grad, vmap or jvp, or a forward-mode dual level surrounds it.
         head_dim: Channels of a head.
         scale: As in na2d.
+        kernel_size: As in na2d.
     """
     request = Request(
         torch.device(device),
         dtype,
         head_dim,
         head_dim**-0.5 if scale is None else scale,
+        window_pair(kernel_size, 1)[0],
         rpb=rpb,
         requires_grad=requires_grad,
         dropout=dropout,

@@ -10,11 +10,11 @@ def window_pair(kernel_size: int | Sequence[int], dilation: int | Sequence[int])
     """kernel_size and dilation as (height, width) pairs of ints.
 
     Raises:
-        ValueError: Neither an int nor two ints; a kernel_size even or below 3; a dilation below 1.
+        ValueError: Neither an int nor two ints; a kernel_size even or below 1; a dilation below 1.
     """
     kernel, spacing = _pair("kernel_size", kernel_size), _pair("dilation", dilation)
-    if min(kernel) < 3 or kernel[0] % 2 == 0 or kernel[1] % 2 == 0:
-        raise ValueError(f"kernel_size must be odd and at least 3, got {kernel_size=}.")
+    if min(kernel) < 1 or kernel[0] % 2 == 0 or kernel[1] % 2 == 0:
+        raise ValueError(f"kernel_size must be odd and at least 1, got {kernel_size=}.")
     if min(spacing) < 1:
         raise ValueError(f"dilation must be at least 1, got {dilation=}.")
     return kernel, spacing
@@ -28,6 +28,18 @@ def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
         if isinstance(height, int) and isinstance(width, int):
             return height, width
     raise ValueError(f"{name} must be an int or two ints (height, width), got {name}={value!r}.")
+
+
+def row_window(kernel_size: int, dilation: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """kernel_size and dilation of a sequence, as those of a map of one row.
+
+    Raises:
+        ValueError: One of them is not an int.
+    """
+    for name, value in (("kernel_size", kernel_size), ("dilation", dilation)):
+        if not isinstance(value, int):
+            raise ValueError(f"{name} of a sequence must be an int, got {name}={value!r}.")
+    return (1, kernel_size), (1, dilation)
 
 
 def window_start(position: Tensor, length: Tensor | int, kernel_size: int) -> Tensor:

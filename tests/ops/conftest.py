@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.attention.flex_attention
 
-from nat_models.ops import na2d, na2d_qkvpacked, use_backend
+from nat_models.ops import na1d, na2d, na2d_qkvpacked, use_backend
 from nat_models.ops.backends import blocked, flex, native
 
 # What each backend of this list declines, the test is skipped for, with the reason that the backend gives.
@@ -40,7 +40,7 @@ def backend(request, monkeypatch):
         monkeypatch.setitem(blocked._CHUNK_ELEMENTS, "cpu", 1 << 10)  # so that batches are cut too
     if name == "flex":
         _let_flex_have_gradients_on_the_cpu(monkeypatch)
-    for function in (na2d, na2d_qkvpacked):
+    for function in (na1d, na2d, na2d_qkvpacked):
         if hasattr(request.module, function.__name__):
             declining = _skip_what_is_declined(function, variant == "compiled")
             monkeypatch.setattr(request.module, function.__name__, declining)

@@ -41,7 +41,7 @@ def calls(draw, operator: str) -> dict:
     """The description of a call."""
     pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
     number = lambda low, high: draw(st.integers(low, high))  # noqa: E731
-    kernel, dilation = [pick(3, 3, 5, 7), pick(3, 3, 5, 7)], [pick(1, 1, 2, 3), pick(1, 1, 2, 4)]
+    kernel, dilation = [pick(1, 3, 3, 5, 7), pick(1, 3, 3, 5, 7)], [pick(1, 1, 2, 3), pick(1, 1, 2, 4)]
     call = dict(
         operator=operator,
         shape=[
@@ -75,7 +75,7 @@ def calls(draw, operator: str) -> dict:
         if kind == "window":
             name = pick("kernel_size", "dilation")
             call[name] = draw(
-                st.sampled_from([call[name], [1, 5], []]) | st.lists(st.sampled_from(NUMBERS), max_size=3)
+                st.sampled_from([call[name], [0, 5], []]) | st.lists(st.sampled_from(NUMBERS), max_size=3)
             )
             continue
         change = pick(*{"view": VIEWS, "break": BREAKS, "oddity": ODDITIES}[kind])
@@ -189,7 +189,7 @@ def _is_legal(call: dict, tensors: dict) -> bool:
 
 
 def _fits(length: int, kernel: int, dilation: int) -> bool:
-    return kernel >= 3 and kernel % 2 == 1 and dilation >= 1 and kernel * dilation <= length
+    return kernel >= 1 and kernel % 2 == 1 and dilation >= 1 and kernel * dilation <= length
 
 
 def _arguments(call: dict, tensors: dict) -> list:
@@ -290,7 +290,7 @@ def _compare(call: dict, tensors: dict, output, wants_grad: bool) -> None:
 def plan_calls(draw) -> dict:
     """The description of a call of flex_plan."""
     pair = lambda *values: [draw(st.sampled_from(values)) for _ in range(2)]  # noqa: E731
-    call = dict(size=pair(*range(7, 60)), kernel_size=pair(3, 5, 7), dilation=pair(1, 1, 2, 5))
+    call = dict(size=pair(*range(7, 60)), kernel_size=pair(1, 3, 5, 7), dilation=pair(1, 1, 2, 5))
     for name in draw(st.lists(st.sampled_from(list(call)), max_size=2)):
         call[name] = draw(st.lists(st.sampled_from(NUMBERS), max_size=3))
     return call | dict(device=draw(st.sampled_from(["cpu", "cpu", "meta", "cuda"])))

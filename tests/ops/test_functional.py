@@ -38,6 +38,11 @@ GRID = [
     (3, 21, 8, 1, 8, (7, 3), (3, 1)),
     (1, 16, 33, 1, 8, (9, 11), (1, 3)),
     (1, 7, 40, 2, 8, (7, 5), (1, 8)),
+    # one axis: a window of one row or one column, on maps of several rows and of one
+    (2, 11, 17, 2, 8, (1, 5), (1, 1)),
+    (1, 23, 10, 2, 4, (7, 1), (2, 3)),
+    (2, 1, 61, 2, 8, (1, 7), (1, 3)),
+    (1, 9, 1, 1, 8, (9, 1), (1, 1)),
 ]
 
 
@@ -114,6 +119,16 @@ def test_packed_qkv_gives_the_same_result_and_a_packed_gradient(with_rpb, backen
     torch.testing.assert_close(gradients(actual, inputs), gradients(expected, inputs), rtol=0, atol=0)
 
 
+def test_a_window_of_one_key_gives_the_value_and_no_gradient_but_that_of_it(backend):
+    query, key, value, rpb = make_inputs(2, 3, 10, 2, 8, (1, 1), requires_grad=True)
+    output = na2d(query, key, value, kernel_size=1, dilation=(2, 3), rpb=rpb)
+    torch.testing.assert_close(output, value)
+    grads = gradients(output, [query, key, value, rpb])
+    for x in (*grads[:2], grads[3]):
+        torch.testing.assert_close(x, torch.zeros_like(x))
+    torch.testing.assert_close(grads[2], *gradients(value * 1, [value]))
+
+
 def test_large_logits_stay_finite(backend):
     query, key, value, rpb = make_inputs(1, 9, 11, 1, 8, (7, 7), torch.float32, requires_grad=True)
     output = na2d(query, key, value, kernel_size=7, rpb=rpb, scale=1e4)
@@ -186,8 +201,8 @@ def test_autocast_computes_in_its_dtype_and_keeps_rpb_exact():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(kernel_size=4), r"odd and at least 3, got kernel_size=4"),
-        (dict(kernel_size=1), r"odd and at least 3, got kernel_size=1"),
+        (dict(kernel_size=4), r"odd and at least 1, got kernel_size=4"),
+        (dict(kernel_size=(3, -1)), r"odd and at least 1, got kernel_size=\(3, -1\)"),
         (dict(kernel_size=(3, 3, 3)), r"int or two ints.*\(3, 3, 3\)"),
         (dict(kernel_size=3.0), r"kernel_size must be an int or two ints"),
         (dict(dilation=0), r"at least 1, got dilation=0"),

@@ -109,6 +109,7 @@ REFUSALS = [
         "float32, bfloat16 and float16, not in torch.float64",
     ),
     ("natten_fused", dict(device="cuda", rpb=False, head_dim=20), "head_dim divisible by 8, not 20"),
+    ("natten_fused", dict(device="cuda", rpb=False, kernel_size=(1, 7)), r"at least 2 on each axis, not \(1, 7\)"),
     ("natten_fused", dict(device="cuda", rpb=False, scale=0.0), "takes a scale of 0.0 for none given"),
     ("natten_fused", dict(device="cpu", rpb=False, requires_grad=True), "NATTEN has no backward on the CPU"),
     ("natten_fused", dict(device="cpu", rpb=False, head_dim=40), "a power of two from 32 to 512, not 40"),

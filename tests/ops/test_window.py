@@ -5,7 +5,9 @@ import pytest
 from nat_models.ops.window import window
 
 
-@pytest.mark.parametrize(("length", "kernel_size", "dilation"), [(7, 7, 1), (13, 5, 1), (29, 7, 4), (31, 3, 8)])
+@pytest.mark.parametrize(
+    ("length", "kernel_size", "dilation"), [(7, 7, 1), (13, 5, 1), (29, 7, 4), (31, 3, 8), (5, 1, 1), (7, 1, 3)]
+)
 def test_every_query_has_exactly_k_distinct_keys_of_its_group(length, kernel_size, dilation):
     keys, offsets = window(length, kernel_size, dilation)
     for query in range(length):

@@ -3,6 +3,7 @@
 import functools
 import importlib.metadata
 import importlib.util
+import sys
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ def why_not(request: Request) -> str | None:
         return "NATTEN drops no attention weights"
     if request.transformed:
         return "NATTEN has neither forward mode nor batching rules"
+    if 1 in request.kernel_size:
+        return f"NATTEN takes a kernel_size of at least 2 on each axis, not {request.kernel_size}"
     if request.scale == 0.0:
         return "NATTEN takes a scale of 0.0 for none given"
     if device not in ("cpu", "cuda"):
@@ -44,6 +47,8 @@ def why_not(request: Request) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _why_not_installed(device: str, compiling: bool) -> str | None:
+    if getattr(sys.modules.get("natten"), "is_nat_models", False):  # it would call this package back
+        return "integrations.natten_legacy.install() put its own functions at natten"
     return _why_no_natten(device, compiling)
 
 

@@ -16,7 +16,7 @@ typedef struct {
 enum nat_dtype { NAT_FLOAT32, NAT_FLOAT64, NAT_BFLOAT16, NAT_FLOAT16 };
 enum nat_status { NAT_OK, NAT_NO_MEMORY, NAT_BAD_DTYPE, NAT_BAD_CALL };
 
-// Kernels are odd and >= 3, dilations >= 1, kernel * dilation within the map, and data aligned to its type; a call that
+// Kernels are odd and >= 1, dilations >= 1, kernel * dilation within the map, and data aligned to its type; a call that
 // is not so returns NAT_BAD_CALL and touches no tensor, like one without elements, which returns NAT_OK. Only that
 // strides stay within memory is the caller's word.
 // rpb and grad_rpb are [heads, 2*Kh-1, 2*Kw-1], contiguous, float64 for float64, otherwise float32; either may be null.

@@ -17,7 +17,7 @@ inline const char* broken_rule(const nat_na2d_call& call) {
     }
     const int64_t map[] = {call.height, call.width};
     for (int i = 0; i < 2; ++i) {
-        if (call.kernel[i] < 3 || call.kernel[i] % 2 == 0) return "kernel_size must be odd and at least 3";
+        if (call.kernel[i] < 1 || call.kernel[i] % 2 == 0) return "kernel_size must be odd and at least 1";
         if (call.dilation[i] < 1) return "dilation must be at least 1";
         // A quotient, because the product of any two numbers may overflow.
         if (call.kernel[i] > map[i] / call.dilation[i]) return "kernel_size * dilation must fit in the map";

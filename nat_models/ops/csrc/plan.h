@@ -76,8 +76,9 @@ struct Plan {
     }
 
     // Strips have 2K-2 rows or more, so that at most two of them add to the gradient of a key row (see Seam).
+    // Where K = 1 strips share no key row, and may be single rows.
     index_t count_strips(index_t units, index_t threads) const {
-        const index_t limit = max(1, single_row ? rows : rows / (2 * kernel_rows - 2));
+        const index_t limit = max(1, single_row ? rows : rows / max(1, 2 * kernel_rows - 2));
         // The order of the backward's sums depends on the strips, so these must not depend on the number of threads.
         if (backward) return min(ceil_div(kBackwardTasks, max(units, 1)), limit);
         // The last thread should finish soon; but the key rows around a boundary are read by two strips.
