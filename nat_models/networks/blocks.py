@@ -109,6 +109,13 @@ class GlobalAttention2d(NeighborhoodAttention2d):
         dropout_p = self.attn_drop if self.training else 0.0
         return self.proj_drop(self.proj(attend_to_all(self.qkv(x), self.rpb, self.num_heads, self.scale, dropout_p)))
 
+    def attention_weights(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] -> [B, H, W, num_heads, H * W], keys row by row: the weights that `forward` gives them."""
+        _, height, width, _ = x.shape
+        q, k, _ = _tokens_by_head(self.qkv(x), self.num_heads)
+        logits = self.scale * (q @ k.mT) + _global_bias(self.rpb, height, width)
+        return logits.softmax(-1).to(x.dtype).permute(0, 2, 1, 3).unflatten(1, (height, width))
+
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}, map_size={self.map_size}"
 
@@ -118,16 +125,27 @@ class GlobalAttention2d(NeighborhoodAttention2d):
 def attend_to_all(qkv: Tensor, rpb: Tensor, num_heads: int, scale: float, dropout_p: float) -> Tensor:
     """[B, H, W, 3 * C], as a projection makes it -> [B, H, W, C]."""
     batch, height, width, channels = qkv.shape
-    q, k, v = qkv.reshape(batch, height * width, 3, num_heads, channels // (3 * num_heads)).permute(2, 0, 3, 1, 4)
+    q, k, v = _tokens_by_head(qkv, num_heads)
+    bias = _global_bias(rpb, height, width).to(q.dtype)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+    return out.transpose(1, 2).reshape(batch, height, width, channels // 3)
+
+
+def _tokens_by_head(qkv: Tensor, num_heads: int) -> Tensor:
+    """[B, H, W, 3 * C] -> [3, B, num_heads, H * W, head_dim]."""
+    batch, height, width, channels = qkv.shape
+    return qkv.reshape(batch, height * width, 3, num_heads, channels // (3 * num_heads)).permute(2, 0, 3, 1, 4)
+
+
+def _global_bias(rpb: Tensor, height: int, width: int) -> Tensor:
+    """The bias of every query and key of a map, [num_heads, H * W, H * W], float32 or wider."""
     table = rpb.to(torch.promote_types(rpb.dtype, torch.float32))
     # Of a table that fits already, interpolation gives the same bits.
     table = F.interpolate(table[None], (2 * height - 1, 2 * width - 1), mode="bicubic")[0]
-    rows, cols = (torch.arange(n, device=qkv.device) for n in (height, width))
+    rows, cols = (torch.arange(n, device=rpb.device) for n in (height, width))
     rows, cols = rows - rows[:, None] + height - 1, cols - cols[:, None] + width - 1  # [query, key]
     bias = table[:, rows[:, None, :, None], cols[:, None, :]]  # [num_heads, H, W, H, W]
-    bias = bias.flatten(3).flatten(1, 2)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), dropout_p=dropout_p, scale=scale)
-    return out.transpose(1, 2).reshape(batch, height, width, channels // 3)
+    return bias.flatten(3).flatten(1, 2)
 
 
 class NATBlock(nn.Module):

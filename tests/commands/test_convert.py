@@ -174,7 +174,7 @@ class _Evil:
 
 def test_a_pickle_that_runs_code_is_refused_and_nothing_written(tmp_path):
     torch.save({"state_dict": {"a": torch.ones(1)}, "evil": _Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(CheckpointError, match=r"calls (__builtin__|builtins)\.exec"):
+    with pytest.raises(CheckpointError, match=r"holds more than tensors: .*builtins\.exec"):
         convert(tmp_path / "evil.pth", tmp_path / "a", to="timm", name="nat_mini")
     assert not (tmp_path / "a").exists()
 

@@ -171,6 +171,10 @@ def test_the_bias_of_global_attention_is_looked_up_by_offset():
             weights = (k[:, head] @ q[query, head] * 4**-0.5 + bias).softmax(0)
             out[query, head] = weights @ v[:, head]
     torch.testing.assert_close(layer(x), layer.proj(out.view(1, 4, 4, 8)))
+    weights = layer.attention_weights(x)  # [1, 4, 4, heads, tokens]
+    assert weights.shape == (1, 4, 4, 2, 16)
+    blended = torch.einsum("qhk,khd->qhd", weights.view(16, 2, 16), v)
+    torch.testing.assert_close(blended, out)
 
 
 def test_for_other_maps_the_bias_of_global_attention_is_interpolated():
