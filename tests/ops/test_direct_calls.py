@@ -99,6 +99,21 @@ def test_the_error_of_a_direct_call_says_the_rule(operator, changes, message):
         _call(operator, **changes)
 
 
+@pytest.mark.parametrize("kernel_size", [[1, 5], [5, 1], [1, 1]])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_window_of_one_row_or_column_is_an_answer_and_no_division_by_zero(operator, kernel_size):
+    tensors = _arguments(operator, rpb=torch.randn(2, *(2 * k - 1 for k in kernel_size)), kernel_size=kernel_size)
+    outputs = getattr(torch.ops.nat_models, operator)(*tensors)
+    grad_output = [tensors.pop(0)] if "backward" in operator else []
+    inputs = [x.clone().requires_grad_() for x in tensors if torch.is_tensor(x)]
+    query, key, value = inputs[0].unbind(3) if "qkvpacked" in operator else inputs[:3]
+    expected = reference.na2d(query, key, value, inputs[-1], kernel_size, [1, 1], 0.3)
+    if grad_output:
+        torch.testing.assert_close(outputs, torch.autograd.grad(expected, inputs, grad_output), rtol=1e-4, atol=1e-5)
+    else:
+        torch.testing.assert_close(outputs, expected.detach())
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.complex64, torch.int32], ids=str)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_other_dtypes_are_refused(operator, dtype):

@@ -37,6 +37,7 @@ CHOICES = [
     (dict(device="cuda:1", dtype=torch.bfloat16), "flex"),
     (dict(device="cuda", dtype=torch.float64), "blocked"),
     (dict(device="cuda", rpb=False), "natten_fused"),
+    (dict(device="cuda", rpb=False, kernel_size=(1, 7)), "flex"),
     (dict(device="cuda", rpb=False, dtype=torch.float16, requires_grad=True, compiling=True), "natten_fused"),
     (dict(device="cuda", rpb=False, dtype=torch.float64), "blocked"),
     (dict(device="cuda", rpb=False, head_dim=20), "flex"),
@@ -76,11 +77,11 @@ def fake(monkeypatch):
     # As what they are they would go to the operator, which knows their shapes; nothing runs.
     monkeypatch.setattr(functional, "FakeTensor", type(None))
 
-    def make(device, dtype=torch.float32, rpb=True, requires_grad=False, head_dim=32, scale=None):
+    def make(device, dtype=torch.float32, rpb=True, requires_grad=False, head_dim=32, scale=None, kernel_size=(3, 3)):
         with FakeTensorMode():
             query = torch.empty(1, 9, 12, 2, head_dim, device=device, dtype=dtype, requires_grad=requires_grad)
-            table = torch.empty(2, 5, 5, device=device, dtype=dtype) if rpb else None
-        return (query, query, query), dict(kernel_size=3, rpb=table, scale=scale)
+            table = torch.empty(2, *(2 * k - 1 for k in kernel_size), device=device, dtype=dtype) if rpb else None
+        return (query, query, query), dict(kernel_size=kernel_size, rpb=table, scale=scale)
 
     return make
 
@@ -109,7 +110,7 @@ REFUSALS = [
         "float32, bfloat16 and float16, not in torch.float64",
     ),
     ("natten_fused", dict(device="cuda", rpb=False, head_dim=20), "head_dim divisible by 8, not 20"),
-    ("natten_fused", dict(device="cuda", rpb=False, kernel_size=(1, 7)), r"at least 2 on each axis, not \(1, 7\)"),
+    ("natten_fused", dict(device="cuda", rpb=False, kernel_size=(1, 7)), "kernel_size of at least 2 on each axis"),
     ("natten_fused", dict(device="cuda", rpb=False, scale=0.0), "takes a scale of 0.0 for none given"),
     ("natten_fused", dict(device="cpu", rpb=False, requires_grad=True), "NATTEN has no backward on the CPU"),
     ("natten_fused", dict(device="cpu", rpb=False, head_dim=40), "a power of two from 32 to 512, not 40"),
