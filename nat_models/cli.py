@@ -24,6 +24,7 @@ COMMANDS = {
     "probe": "train a linear probe on features",
     "search": "find the images nearest to an image",
     "picture": "draw features: principal components, or a map by class",
+    "attention": "draw where a token of an image looks, per level and head",
     "convert": "convert a checkpoint between timm's, transformers' and the authors' form",
     "export": "write a model to one file that runs without this package",
     "info": "print versions, published weights, and what the attention runs on here and why (as without a command)",

@@ -237,9 +237,15 @@ class NATLevel(nn.Module):
         return self.blocks(x)
 
     @torch.jit.ignore
-    def run_blocks_with_attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The same, and the last block's attention weights, [B, H, W, num_heads, K_h * K_w]."""
-        attention, seen = self.blocks[-1].attn, []
+    def run_blocks_with_attention(self, x: Tensor, block: int = -1) -> tuple[Tensor, Tensor]:
+        """The same, and the attention weights of one of the blocks, [B, H, W, num_heads, K_h * K_w].
+
+        Raises:
+            ValueError: There is no such block.
+        """
+        if not -len(self.blocks) <= block < len(self.blocks):
+            raise ValueError(f"The level has {len(self.blocks)} blocks, got {block=}.")
+        attention, seen = self.blocks[block].attn, []
         handle = attention.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         try:
             x = self.run_blocks(x)

@@ -1,10 +1,11 @@
-"""Pictures of results: confusion matrices, reliability, sheets of images."""
+"""Pictures of results: confusion matrices, reliability, sheets of images, where a token looks."""
 
 import io
 from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from PIL.Image import Image
 
 from .decoding import Encoded, decode
 
@@ -74,4 +75,44 @@ def draw_sheet(images: Sequence[tuple[Encoded, str]], title: str, columns: int =
         axes.imshow(picture)
         axes.set_title(caption, fontsize=7, **_PLAIN)
     figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def draw_attention(
+    photograph: Image,
+    pixel: tuple[int, int],
+    levels: Sequence[np.ndarray],
+    covered: Sequence[tuple[float, float]],
+    columns: int = 9,
+) -> Figure:
+    """For each level the photograph with the mean over heads on it, then each head alone.
+
+    Args:
+        photograph: Upright.
+        pixel: (column, row) of the token, marked by a cross.
+        levels: For each, [num_heads, H_l, W_l].
+        covered: For each, the (height, width) that its map covers, in the photograph's pixels; maps reach beyond it at
+            the bottom and right.
+        columns: Pictures in a row.
+    """
+    aspect = photograph.height / photograph.width
+    heads = columns - 1  # of a line
+    lines = [(level, first) for level, maps in enumerate(levels) for first in range(0, len(maps), heads)]
+    figure = Figure(figsize=(1.5 * columns, (1.5 * aspect + 0.3) * len(lines)), layout="constrained")
+    grid = figure.subplots(len(lines), columns, squeeze=False)
+    grey, extent = photograph.convert("L"), (0, photograph.width, photograph.height, 0)
+    for axes in grid.flat:
+        axes.axis("off")
+    for line, (level, first) in zip(grid, lines, strict=True):
+        maps, (height, width) = levels[level], covered[level]
+        shown = [(f"level {level}: mean", maps.mean(0))] if first == 0 else []
+        shown += [(f"head {head}", maps[head]) for head in range(first, min(first + heads, len(maps)))]
+        for axes, (title, weights) in zip(line[0 if first == 0 else 1 :], shown, strict=False):
+            axes.imshow(photograph if title.endswith("mean") else grey, cmap="gray", extent=extent)
+            strength = weights / max(weights.max(), 1e-12)
+            place = dict(extent=(0, width, height, 0), interpolation="nearest")
+            axes.imshow(strength, cmap="inferno", alpha=0.8 * strength**0.5, **place)
+            axes.plot(pixel[0] + 0.5, pixel[1] + 0.5, marker="+", color="cyan", markersize=7)
+            axes.set(xlim=extent[:2], ylim=extent[2:])
+            axes.set_title(title, fontsize=7)
     return figure
