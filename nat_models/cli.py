@@ -25,7 +25,8 @@ COMMANDS = {
     "search": "find the images nearest to an image",
     "picture": "draw features: principal components, or a map by class",
     "export": "write a model to one file that runs without this package",
-    "info": "print versions, published weights, and what the attention runs on here and why (as without a command)",
+    "weights": "list published weights: size, top-1, licence, and what is cached",
+    "info": "print versions, and what the attention runs on here and why (as without a command)",
 }
 
 
