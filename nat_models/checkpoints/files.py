@@ -1,6 +1,7 @@
 """Reading files of weights without running code from them, and saying why one cannot be read."""
 
 import argparse
+import hashlib
 import json
 import pickle
 import re
@@ -52,6 +53,15 @@ def read_checkpoint(path: str | Path) -> object:
         raise
     except Exception as e:  # damaged bytes end in errors of any kind
         raise CheckpointError(why_unreadable(path, e)) from e
+
+
+def sha256_of(path: str | Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def holds_weights(folder: str | Path) -> bool:

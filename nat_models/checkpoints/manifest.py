@@ -57,3 +57,21 @@ def list_weights(pattern: str = "*") -> list[Weights]:
     manifest = json.loads(resource("weights", "manifest.json").read_text())
     known = [Weights(**entry) for entry in manifest["checkpoints"]]
     return [w for w in known if any(fnmatch.fnmatchcase(n, pattern) for n in (w.name, w.name.partition(".")[0]))]
+
+
+def published(hub_id: str, filename: str | None) -> Weights | None:
+    """The manifest's entry for what a configuration of timm's asks the Hub for.
+
+    Args:
+        hub_id: REPO or REPO@REVISION. Another revision than the manifest's is something else than what it knows.
+        filename: None for whichever the repository has.
+    """
+    repo, _, revision = hub_id.partition("@")
+    return next(
+        (
+            weights
+            for weights in list_weights()
+            if weights.repo == repo and filename in (None, weights.file) and revision in ("", weights.revision)
+        ),
+        None,
+    )
