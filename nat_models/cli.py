@@ -25,6 +25,7 @@ COMMANDS = {
     "search": "find the images nearest to an image",
     "picture": "draw features: principal components, or a map by class",
     "export": "write a model to one file that runs without this package",
+    "push": "publish a model in a repository of the Hugging Face Hub, with a model card",
     "weights": "list published weights: size, top-1, licence, and what is cached",
     "info": "print versions, and what the attention runs on here and why (as without a command)",
 }

@@ -16,6 +16,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import resolve_model_input_args
 from torch import nn
 
+from ..checkpoints.manifest import Weights, published
 from ..errors import UserError, unknown
 
 # Of a computation, by the names of the flags.
@@ -145,6 +146,14 @@ def is_multi_label(model: nn.Module) -> bool:
     return getattr(model, "problem_type", None) == MULTI_LABEL
 
 
+def published_as(model: nn.Module) -> Weights | None:
+    """The manifest's entry for the weights that the model's configuration names; None for a file and other weights."""
+    cfg = model.pretrained_cfg
+    if cfg.get("file") or not cfg.get("hf_hub_id"):
+        return None
+    return published(cfg["hf_hub_id"], cfg.get("hf_hub_filename"))
+
+
 def parse_model_kwargs(pairs: Iterable[str]) -> dict:
     """key=value strings as a dict, values read as YAML: kernel_size=3, depths=[3,4,6,5]."""
     pairs = list(pairs)
@@ -157,10 +166,10 @@ def parse_model_kwargs(pairs: Iterable[str]) -> dict:
     return {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in pairs)}
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that name a model which is used as it is, not trained."""
+def add_model_flags(parser: argparse.ArgumentParser, default: str | None = "nat_mini") -> None:
+    """The flags that name a model which is used as it is, not trained; without a default it has to be named."""
     add = parser.add_argument
-    add("--model", default="nat_mini", help="timm name, or a folder that a run wrote")
+    add("--model", default=default, required=default is None, help="timm name, or a folder that a run wrote")
     add("--pretrained", action=argparse.BooleanOptionalAction, default=True, help="load the published weights")
     add("--checkpoint", help="load this weights file instead")
     add("--model-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help="more arguments of the model")
