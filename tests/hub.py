@@ -73,7 +73,7 @@ class Hub:
 
 
 class _Refused(Exception):
-    """An answer that is an error: status, what the Hub's header X-Error-Code says, and more headers."""
+    """An answer that is an error: status, what the Hub's header X-Error-Code says, and more headers or content."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -97,7 +97,8 @@ class _Handler(BaseHTTPRequestHandler):
                 raise _Refused(404, "RepoNotFound")
         except _Refused as e:
             status, code, *more = e.args
-            content, headers = {"error": code}, {"X-Error-Code": code, "X-Error-Message": code, **dict(more)}
+            content = {"error": code, **dict(more)}
+            headers = {"X-Error-Code": code, "X-Error-Message": code, **dict(more)}
         if isinstance(content, dict):
             content = json.dumps(content).encode()
         elif isinstance(content, tuple):
@@ -141,7 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._check_writer(owner)
         repo = f"{owner}/{asked['name']}"
         if repo in self.hub.files:
-            raise _Refused(409, "You already created this model repo")
+            raise _Refused(409, "You already created this model repo", ("url", f"{self.hub.endpoint}/{repo}"))
         if asked.get("private") or asked.get("visibility") == "private":  # before huggingface_hub 1.0, and since
             self.hub.private.add(repo)
         self.hub.commit(repo, "main", {".gitattributes": b"*.safetensors filter=lfs\n"})

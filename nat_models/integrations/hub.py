@@ -1,5 +1,6 @@
 """The Hugging Face Hub: a folder becomes one commit of a repository, or an error of one line says why not."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,6 +87,7 @@ def _explain_errors(repo: str, endpoint: str) -> Iterator[None]:
     except _CONNECTION as e:
         raise UserError(_broken(repo, endpoint, e)) from e
     except RuntimeError as e:  # put around what an upload of a large file raised
+        print(file=sys.stderr)  # ends the line of its progress bar, which the client leaves open
         if isinstance(e.__cause__, HfHubHTTPError):
             raise UserError(_refusal(repo, e.__cause__)) from e
         if not isinstance(e.__cause__, _CONNECTION):

@@ -108,7 +108,13 @@ def test_a_file_of_the_authors_layout_is_pushed_in_the_hubs_and_pulled_as_its_ca
     torch.save({"state_dict": convert_state_dict(model.state_dict(), "original")}, tmp_path / "own.pth")
     (tmp_path / "names.txt").write_text("".join(f"{name}\n" for name in NAMES))
     kwargs = [f"{name}={list(value) if isinstance(value, tuple) else value}" for name, value in TINY.items()]
-    flags = ["--checkpoint", str(tmp_path / "own.pth"), "--model-kwargs", *kwargs, "init_values=1.0e-5"]  # YAML takes 1e-5 for a word
+    flags = [
+        "--checkpoint",
+        str(tmp_path / "own.pth"),
+        "--model-kwargs",
+        *kwargs,
+        "init_values=1.0e-5",
+    ]  # YAML takes 1e-5 for a word
     flags += ["--num-classes", "4", "--class-names", str(tmp_path / "names.txt"), "--license", "apache-2.0"]
     flags += ["--figures", "top1=71.5", "--dataset", "zoo", "--format", "transformers"]
     assert push("nat_mini", *flags) == 0
