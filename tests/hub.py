@@ -273,7 +273,7 @@ def client_environment(endpoint: str, cache: Path) -> dict[str, str]:
 def connect(monkeypatch, endpoint: str, token: str | None) -> None:
     """Points the uploads of this process at a hub. Downloads read more at import: they need a process of their own."""
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)  # younger than huggingface_hub 0.30
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere")
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):

@@ -32,6 +32,7 @@ from ..training.models import (
     model_from_flags,
     parse_model_kwargs,
     published_as,
+    readable,
     resolve_name,
 )
 from ..training.publishing import save_for_transformers, save_model
@@ -52,7 +53,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--revision", help="branch, created if there is none; main by default")
     add("--message", help="of the commit")
     add("--card", action=argparse.BooleanOptionalAction, default=True, help="write README.md, over one that is there")
-    add("--dry-run", action="store_true", help="connect to nothing; list the files and print the card")
+    add("--dry-run", action="store_true", help="list the files and print the card; push nothing")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -63,6 +64,8 @@ def run(args: argparse.Namespace) -> None:
     if (args.pretrained, args.checkpoint) == (False, None):
         raise UserError("There are no weights to push: neither --pretrained nor --checkpoint.")
     model = model_from_flags(args, args.num_classes)
+    if args.class_names is not None:
+        model.pretrained_cfg["label_names"] = _read_names(args.class_names)
     with tempfile.TemporaryDirectory() as folder:
         _write(model, _facts(model, args), Path(folder), args)
         files = sorted(Path(folder).iterdir())
@@ -98,17 +101,23 @@ def _write(model: nn.Module, facts: Facts, folder: Path, args: argparse.Namespac
         create = _create(model, args)
     if args.card:
         card = model_card(
-            facts, classes=names, data_config=data_config, source=args.repo, format=args.format, create=create
+            facts,
+            classes=list(map(readable, names)),
+            data_config=data_config,
+            source=args.repo,
+            format=args.format,
+            create=create,
         )
         (folder / "README.md").write_text(card)
 
 
 def _create(model: nn.Module, args: argparse.Namespace) -> str:
     """The call that makes the network with timm where the repository says nothing of timm."""
-    n = model.num_classes
     from timm.models._input import get_model_args  # not in an older timm, which is refused with its name
 
-    kwargs = {**get_model_args(model, {}), "num_classes": n}
+    n = model.num_classes
+    plain = dict(in_chans=3, global_pool="avg")
+    kwargs = {k: v for k, v in get_model_args(model, {}).items() if v != plain.get(k)} | {"num_classes": n}
     overlay = f'dict(hf_hub_id="{args.repo}", num_classes={n})'
     arguments = "".join(f", {name}={value!r}" for name, value in kwargs.items())
     architecture = model.pretrained_cfg["architecture"]
@@ -117,14 +126,12 @@ def _create(model: nn.Module, args: argparse.Namespace) -> str:
 
 def _facts(model: nn.Module, args: argparse.Namespace) -> Facts:
     """What is known of the weights, and what the flags say over it."""
-    if args.class_names is not None:
-        model.pretrained_cfg["label_names"] = _read_names(args.class_names)
     source, _, folder = resolve_name(args.model).partition(":")
-    known = published_as(model)
-    facts = None
-    if args.checkpoint is None and source == "local-dir":
+    known, facts = published_as(model), None
+    as_it_was = args.checkpoint is None and args.num_classes is None and not args.model_kwargs
+    if as_it_was and source == "local-dir":
         facts = read_facts(Path(folder))
-    elif args.checkpoint is None and known is not None:
+    elif as_it_was and known is not None:
         facts = Facts(
             title=args.repo.partition("/")[2],
             about=f"The weights of {known.repo} ({known.name}).",

@@ -183,11 +183,12 @@ classify = transformers.pipeline("image-classification", model="{source}")
 ```
 
 Without nat_models: transformers 4.57 and before, beside NATTEN before 0.20, read the repository as it is.
+
 {_tensors(source)}"""
 
 
 def _tensors(source: str) -> str:
-    return f"""The tensors alone, without nat_models:
+    return f"""The tensors alone, without nat_models or timm:
 
 ```python
 from huggingface_hub import hf_hub_download

@@ -253,3 +253,10 @@ def test_transformers_prepares_an_image_as_timm_does(tmp_path):
     ours = timm.data.create_transform(**data_config)(image)
     # A crop that cannot be centred may begin a pixel apart, and the resizing rounds to whole grey levels of 255.
     torch.testing.assert_close(theirs["pixel_values"][0], ours, rtol=0, atol=1.5 / 255 / 0.22)
+
+
+def test_the_figures_of_a_run_are_not_those_of_another_network(folder, capsys):
+    assert push(folder, "--dry-run") == 0
+    assert "91.25" in capsys.readouterr().out
+    assert push(folder, "--dry-run", "--model-kwargs", "kernel_size=5") == 0
+    assert "91.25" not in capsys.readouterr().out
