@@ -161,7 +161,7 @@ def load_weights(
     known = published(own["hf_hub_id"], own.get("hf_hub_filename")) if _is_on_hub(own) else None
     if known is not None and known.revision is not None:
         own["hf_hub_id"] = f"{known.repo}@{known.revision}"
-    with _explain_errors(name, dict(own), cache_dir):
+    with explain_errors(name, dict(own), cache_dir):
         file = _local_file(own)
         if known is not None and known.sha256 is not None:
             file = _verified(known, cache_dir)
@@ -201,7 +201,7 @@ def _verified(known: Weights, cache_dir: str | None) -> str:
 
 
 @contextmanager
-def _explain_errors(name: str, pretrained_cfg: Mapping, cache_dir: str | None = None) -> Iterator[None]:
+def explain_errors(name: str, pretrained_cfg: Mapping, cache_dir: str | None = None) -> Iterator[None]:
     """Turns what loading weights raises into one CheckpointError that says what was sought, where, and what to do."""
     on_hub = _is_on_hub(pretrained_cfg)
     elsewhere = pretrained_cfg.get("file") or pretrained_cfg.get("url")

@@ -261,3 +261,25 @@ def test_a_cache_that_is_read_only_serves_what_it_has_and_the_rest_is_one_clear_
     message = _error(run)
     assert "someone/other on the Hugging Face Hub is not in the cache" in message
     assert f"{cache / 'hub'}, which cannot be written to: Permission denied. Set HF_HUB_CACHE" in message
+
+
+def test_a_repository_named_to_a_command_is_found_or_one_clear_error(hub, tmp_path):
+    hub.files["someone/config"] = {"config.json": b'{"model_type": "nat"}'}
+    code = """
+from nat_models.cli import main
+for repo in ("someone/lost", "someone/config@v3", "someone/config"):
+    assert main(["export", "--model", f"hf-hub:{repo}"]) == 2
+"""
+    run = _run(hub, tmp_path, code)
+    assert run.returncode == 0, run.stderr
+    errors = [line for line in run.stderr.splitlines() if line.startswith("error: hf-hub:")]
+    for error, message in zip(
+        errors, ("there is no repository", "has no such revision", "its config.json is not timm's"), strict=True
+    ):
+        assert message in error
+
+
+def test_a_cache_that_cannot_be_made_is_one_clear_error(hub, tmp_path):
+    hub.files["someone/nat"] = {"model.safetensors": _small(1)}
+    message = _error(_run(hub, tmp_path, f"{_PRINT}\nload(hf_hub_id='someone/nat')", HF_HUB_CACHE="/dev/null/cache"))
+    assert "/dev/null/cache, which cannot be written to: Not a directory" in message

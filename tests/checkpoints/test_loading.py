@@ -308,7 +308,7 @@ _RESPONSE = types.SimpleNamespace(headers={}, request=None, status_code=500, url
 def test_what_goes_wrong_with_the_hub_is_explained_with_its_cause(error, message):
     with (
         pytest.raises(CheckpointError, match=message) as raised,
-        loading._explain_errors("nat_mini", {"hf_hub_id": "a/b"}),
+        loading.explain_errors("nat_mini", {"hf_hub_id": "a/b"}),
     ):
         raise error
     assert raised.value.__cause__ is error
@@ -318,6 +318,6 @@ def test_what_goes_wrong_with_the_hub_is_explained_with_its_cause(error, message
     "error", [RuntimeError("CUDA out of memory"), CheckpointError("says weights_only"), KeyError("x")]
 )
 def test_an_error_that_is_none_of_the_weights_passes_as_it_is(error):
-    with pytest.raises(type(error)) as raised, loading._explain_errors("nat_mini", {"hf_hub_id": "a/b"}):
+    with pytest.raises(type(error)) as raised, loading.explain_errors("nat_mini", {"hf_hub_id": "a/b"}):
         raise error
     assert raised.value is error

@@ -24,7 +24,7 @@ from torchmetrics.classification import (
 from ...errors import UserError, unknown
 from ..cards import Facts, model_card, recipe_of
 from ..images import ImageSet
-from ..models import make_model, published_as
+from ..models import began_from, make_model
 from ..publishing import save_model
 from ..settings import Settings, option
 from ..splits import Part, drop_unreadable, read_data
@@ -167,12 +167,12 @@ class Classification:
         config = dict(label_names=self.classes, problem_type="multi_label_classification" if self.multi_label else None)
         save_model(network, folder, model_config=config, data_config=self.data_config)
         s, data = self.settings, Path(self.settings.data).name
-        began = published_as(network) if s.pretrained and s.checkpoint is None else None
+        began = began_from(network) if s.pretrained and s.checkpoint is None else None
         facts = Facts(
             title=f"{s.model}, trained on {data}",
             about="Trained with [nat_models](https://arxiv.org/abs/2204.07143): "
             f"{self.about}, {self.sizes[0]:,} training and {self.sizes[1]:,} validation images.",
-            dataset=data,
+            dataset=data if data else None,
             figures={name: rows[-1][name] for name in self.figures if name in rows[-1]} if rows else {},
             figures_of=f"Of the validation images, after epoch {len(rows)} of {s.epochs}; percent, but for val_loss.",
             recipe=recipe_of(s),
