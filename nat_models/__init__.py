@@ -1,9 +1,18 @@
 """Neighborhood Attention Transformers for timm: importing this package registers the models, nothing else happens."""
 
 from . import networks
+from .checkpoints import list_weights
 from .fuse import fuse
 from .layers import NeighborhoodAttention1d, NeighborhoodAttention2d
 from .ops import na1d, na2d
 
-__all__ = ["NeighborhoodAttention1d", "NeighborhoodAttention2d", "fuse", "na1d", "na2d", "networks"]
+__all__ = [
+    "NeighborhoodAttention1d",
+    "NeighborhoodAttention2d",
+    "fuse",
+    "list_weights",
+    "na1d",
+    "na2d",
+    "networks",
+]
 __version__ = "0.1.0"

@@ -27,7 +27,9 @@ COMMANDS = {
     "attention": "draw where a token of an image looks, per level and head",
     "convert": "convert a checkpoint between timm's, transformers' and the authors' form",
     "export": "write a model to one file that runs without this package",
-    "info": "print versions, published weights, and what the attention runs on here and why (as without a command)",
+    "push": "publish a model in a repository of the Hugging Face Hub, with a model card",
+    "weights": "list published weights: size, top-1, licence, and what is cached",
+    "info": "print versions, and what the attention runs on here and why (as without a command)",
 }
 
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from .checkpoints import convert_state_dict, detect_layout, find_network, fit_state_dict, read_checkpoint
 from .checkpoints.files import sha256_of
 from .checkpoints.saving import (
-    label_names,
     network_arguments,
     save_config,
     save_tensors,
+    synsets,
     transformers_config,
-    transformers_preprocessing,
+    transformers_files,
 )
 from .errors import UserError
 from .writing import write_atomically, writing
@@ -135,9 +135,8 @@ def convert(
     if to == "transformers":
         if not has_norm and not target.has_output_norms:
             raise UserError("transformers' networks have a norm after the last level or after each; this has neither.")
-        config = transformers_config(target, labels or label_names(target))
-        state_dict = convert_state_dict(state_dict, to, model_type=config["model_type"])
-        files = {"config.json": config, "preprocessor_config.json": transformers_preprocessing(data_config)}
+        files = transformers_files(target, classes=labels or synsets(target), data_config=data_config)
+        state_dict = convert_state_dict(state_dict, to, model_type=files["config.json"]["model_type"])
     elif to == "original":
         state_dict = convert_state_dict(state_dict, to)
     path = output / "model.safetensors"

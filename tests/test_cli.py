@@ -101,7 +101,7 @@ def test_info_needs_no_extra():
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith(f"nat_models {nat_models.__version__}, torch ")
-    assert "nat_tiny.shi_in1k" in run.stdout and "na2d runs on" in run.stdout
+    assert "nat-models weights" in run.stdout and "na2d runs on" in run.stdout
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_the_wheel_works_outside_the_checkout(installed, tmp_path):
 
     package = run(installed / "python", "-c", "import nat_models; print(nat_models.__file__)")
     assert str(installed.parent) in package
-    assert "nat_tiny.shi_in1k" in run(installed / "nat-models", "info")
+    assert "nat_tiny.shi_in1k" in run(installed / "nat-models", "weights")
     listed = Path(package.strip()).parent
     assert {p.name for p in (listed / "configs").iterdir()} == {p.name for p in (ROOT / "configs").glob("*.yaml")}
     assert not list(listed.rglob("*.cpp")) and not (listed / "weights" / "nat_tiny.safetensors").exists()

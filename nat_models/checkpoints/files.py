@@ -55,18 +55,18 @@ def read_checkpoint(path: str | Path) -> object:
         raise CheckpointError(why_unreadable(path, e)) from e
 
 
+def sha256_of(path: str | Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def holds_weights(folder: str | Path) -> bool:
     """Whether read_checkpoint finds weights in a folder."""
     return any((Path(folder) / name).is_file() for name in _IN_FOLDER)
-
-
-def sha256_of(path: str | Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _file_in(folder: Path) -> Path:

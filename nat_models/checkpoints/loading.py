@@ -8,16 +8,23 @@ from functools import partial
 from pathlib import Path
 from urllib.error import URLError
 
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError
 from timm.layers import resize_rel_pos_bias_table_simple
 from timm.models import load_pretrained
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from .files import first_line, holds_weights, read_checkpoint, why_unreadable
+from .files import first_line, holds_weights, read_checkpoint, sha256_of, why_unreadable
 from .layouts import convert_state_dict
+from .manifest import HUB_FILES, Weights, published
 from .unwrapping import Network, find_network
 
 _LISTED_KEYS = 6
@@ -139,6 +146,9 @@ def load_weights(
 ) -> None:
     """Fills a model with the weights that a configuration of timm's names: a file, a state dict, a repository.
 
+    Of a repository that the manifest knows, the manifest's revision is asked for, and a file whose sha256 it knows is
+    verified; REPO@REVISION in the configuration asks for another revision, of which it knows nothing.
+
     Args:
         model: A NAT.
         name: Of the model, for messages.
@@ -147,14 +157,21 @@ def load_weights(
         features_only: As in fit_state_dict.
 
     Raises:
-        CheckpointError: The weights cannot be found, read or fitted; nothing was loaded.
+        CheckpointError: The weights cannot be found, read or fitted, or are not those that the manifest knows; nothing
+            was loaded.
     """
     # timm drops a head by comparing numbers of classes that describe the configuration and not the file. Without the
     # classifier's name it leaves the head to the filter, and loads strictly.
     own = {**pretrained_cfg, "classifier": None}
     fit = partial(fit_state_dict, num_classes=pretrained_cfg["num_classes"], features_only=features_only)
-    with _explain_errors(name, pretrained_cfg):
-        if (file := _local_file(pretrained_cfg)) is not None:
+    known = published(own["hf_hub_id"], own.get("hf_hub_filename")) if _is_on_hub(own) else None
+    if known is not None and known.revision is not None:
+        own["hf_hub_id"] = f"{known.repo}@{known.revision}"
+    with explain_errors(name, dict(own), cache_dir):
+        file = _local_file(own)
+        if known is not None and known.sha256 is not None:
+            file = _verified(known, cache_dir)
+        if file is not None:
             # timm would take one entry out of the file before the filter sees what is beside it.
             own |= dict(source="", state_dict=fit(read_checkpoint(file), model))
             load_pretrained(model, own, in_chans=model.in_chans, cache_dir=cache_dir)
@@ -170,11 +187,31 @@ def _local_file(pretrained_cfg: Mapping) -> str | None:
     return None if source == "hf-hub" or pretrained_cfg.get("state_dict") else file
 
 
+def _is_on_hub(pretrained_cfg: Mapping) -> bool:
+    """Whether timm would ask the Hub."""
+    nearer = pretrained_cfg.get("state_dict") or pretrained_cfg.get("file")
+    return bool(pretrained_cfg.get("hf_hub_id")) and (pretrained_cfg.get("source") == "hf-hub" or not nearer)
+
+
+def _verified(known: Weights, cache_dir: str | None) -> str:
+    """The file of a checkpoint whose hash is known, from the cache or the Hub."""
+    file = hf_hub_download(known.repo, known.file, revision=known.revision, cache_dir=cache_dir)
+    if (found := sha256_of(file)) != known.sha256:
+        raise CheckpointError(
+            f"{known.name}: {file} is not the file that weights/manifest.json knows, nothing was loaded. "
+            f"Its sha256 is {found}, expected {known.sha256}.\n"
+            "Delete it and load again. If it comes back the same, the repository has changed: only if you trust it, "
+            "pass the file by its name, pretrained_cfg_overlay=dict(file='...')."
+        )
+    return file
+
+
 @contextmanager
-def _explain_errors(name: str, pretrained_cfg: Mapping) -> Iterator[None]:
+def explain_errors(name: str, pretrained_cfg: Mapping, cache_dir: str | None = None) -> Iterator[None]:
     """Turns what loading weights raises into one CheckpointError that says what was sought, where, and what to do."""
-    repo, file = pretrained_cfg.get("hf_hub_id"), pretrained_cfg.get("file")
-    source = file or (f"{repo} on the Hugging Face Hub" if repo else pretrained_cfg.get("url"))
+    on_hub = _is_on_hub(pretrained_cfg)
+    elsewhere = pretrained_cfg.get("file") or pretrained_cfg.get("url")
+    source = f"{pretrained_cfg['hf_hub_id']} on the Hugging Face Hub" if on_hub else elsewhere
     try:
         yield
     except LocalEntryNotFoundError as e:
@@ -182,29 +219,42 @@ def _explain_errors(name: str, pretrained_cfg: Mapping) -> Iterator[None]:
             f"{name}: {source} is neither in the local cache nor can the Hub be reached. Download it once with a "
             f"connection, or pass a local file: pretrained_cfg_overlay=dict(file='...'). ({e})"
         ) from e
+    except RevisionNotFoundError as e:
+        raise CheckpointError(f"{name}: {source} has no such revision (branch, tag or commit). ({e})") from e
     except RepositoryNotFoundError as e:
         raise CheckpointError(f"{name}: there is no repository {source}, or it is private. ({e})") from e
     except EntryNotFoundError as e:
-        raise CheckpointError(
-            f"{name}: {source} holds no weights, expected model.safetensors or pytorch_model.bin. ({e})"
-        ) from e
+        wanted = pretrained_cfg.get("hf_hub_filename") or " or ".join(HUB_FILES)
+        raise CheckpointError(f"{name}: {source} holds no weights, expected {wanted}. ({e})") from e
     except (HfHubHTTPError, URLError) as e:
         raise CheckpointError(f"{name}: downloading {source} failed. ({e})") from e
-    except FileNotFoundError as e:
-        raise CheckpointError(f"{name}: there is no weights file {source}. {e}") from e
     except (SafetensorError, pickle.UnpicklingError, EOFError) as e:
-        raise CheckpointError(f"{name}: {_unreadable(repo, file, e)}") from e
+        raise CheckpointError(f"{name}: {_unreadable(pretrained_cfg, cache_dir, e)}") from e
+    except OSError as e:
+        if on_hub and e.errno is not None:
+            raise CheckpointError(
+                f"{name}: {source} is not in the cache {cache_dir or constants.HF_HUB_CACHE}, which cannot be written "
+                f"to: {e.strerror}. Set HF_HUB_CACHE (or HF_HOME) to a folder that can. ({e})"
+            ) from e
+        if not isinstance(e, FileNotFoundError):
+            raise
+        raise CheckpointError(f"{name}: there is no weights file {source}. {e}") from e
     except RuntimeError as e:
         # torch.load reports a damaged archive, and timm a refused pickle, as a plain RuntimeError.
         if isinstance(e, CheckpointError) or not re.search(r"PytorchStreamReader|weights_only", str(e)):
             raise
-        raise CheckpointError(f"{name}: {_unreadable(repo, file, e)}") from e
+        raise CheckpointError(f"{name}: {_unreadable(pretrained_cfg, cache_dir, e)}") from e
 
 
-def _unreadable(repo: str | None, file: str | None, error: Exception) -> str:
+def _unreadable(pretrained_cfg: Mapping, cache_dir: str | None, error: Exception) -> str:
     """What timm could not read, looked at where it is: a download in the Hub's cache."""
-    cached = [] if file else [try_to_load_from_cache(repo, f) for f in ("model.safetensors", "pytorch_model.bin")]
-    path = next((x for x in [file, *cached] if isinstance(x, str)), None)
+    path = pretrained_cfg.get("file")
+    if _is_on_hub(pretrained_cfg):
+        repo, _, revision = pretrained_cfg["hf_hub_id"].partition("@")
+        files = dict.fromkeys([*HUB_FILES, pretrained_cfg.get("hf_hub_filename") or HUB_FILES[0]])
+        cached = [try_to_load_from_cache(repo, f, cache_dir=cache_dir, revision=revision or None) for f in files]
+        path = next((x for x in cached if isinstance(x, str)), None)
     if path is not None and Path(path).is_file():
         return why_unreadable(Path(path), error, advice="Delete it and load again.")
-    return f"{path or repo} cannot be read: it is cut off, damaged or no weights file. ({first_line(error)})"
+    where = path or pretrained_cfg.get("hf_hub_id")
+    return f"{where} cannot be read: it is cut off, damaged or no weights file. ({first_line(error)})"

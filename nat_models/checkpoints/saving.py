@@ -4,12 +4,14 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from PIL import Image
 from safetensors.torch import save_file
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from ..errors import UserError
+from .layouts import convert_state_dict
 
 # Fields of transformers' NatConfig and DinatConfig, and the arguments of ours that say the same.
 _FIELDS = {
@@ -71,6 +73,13 @@ def label_names(model: nn.Module) -> list[str]:
     return list(names) if names is not None and len(names) == model.num_classes else []
 
 
+def synsets(model: nn.Module) -> list[str]:
+    """Classes of a network that names none: ImageNet's where their number says so, else as transformers numbers them."""
+    if (subset := infer_imagenet_subset(model)) is not None:
+        return list(ImageNetInfo(subset).label_names())
+    return [f"LABEL_{i}" for i in range(model.num_classes)]
+
+
 def network_arguments(config: Mapping) -> dict:
     """The arguments of a NAT that a config.json of transformers' model types "nat" and "dinat" stands for.
 
@@ -91,71 +100,124 @@ def network_arguments(config: Mapping) -> dict:
     return arguments
 
 
-def transformers_config(model: nn.Module, labels: Sequence[str] = ()) -> dict:
-    """The config.json of a network for transformers; model_type is "dinat" where a block is dilated.
+def save_for_transformers(
+    network: nn.Module, folder: Path, *, classes: Sequence[str], data_config: Mapping, problem_type: str | None = None
+) -> None:
+    """Writes config.json, preprocessor_config.json and model.safetensors as transformers' NAT and DiNAT have them.
 
     Args:
-        model: A NAT with a convolutional stem. One with output_norms is a backbone, whose out_features are all levels.
-        labels: Names of the classes; without them transformers numbers them.
+        network: A NAT or DiNAT.
+        folder: Exists.
+        classes: Names of the outputs; synsets of ImageNet are written as words.
+        data_config: The preprocessing, in timm's words.
+        problem_type: transformers' word for what the classes are; None for one class per image.
 
     Raises:
-        UserError: transformers has no such network.
+        UserError: transformers has no such network, or no such preprocessing.
     """
-    blocks = [list(level.blocks) for level in model.levels]
-    windows = {block.attn.kernel_size for level in blocks for block in level}
+    files = transformers_files(network, classes=classes, data_config=data_config, problem_type=problem_type)
+    model_type = files["config.json"]["model_type"]
+    tensors = convert_state_dict(network.state_dict(), "transformers", model_type=model_type)
+    save_tensors(tensors, folder / "model.safetensors")
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2))
+
+
+def transformers_files(
+    network: nn.Module, *, classes: Sequence[str], data_config: Mapping, problem_type: str | None = None
+) -> dict[str, dict]:
+    """What stands beside the tensors, by the names of files; arguments as in save_for_transformers."""
+    config = transformers_config(network, classes)
+    if problem_type is not None:
+        config["problem_type"] = problem_type
+    return {"config.json": config, "preprocessor_config.json": _preprocessor_config(data_config)}
+
+
+def transformers_config(network: nn.Module, classes: Sequence[str] = ()) -> dict:
+    """The configuration that transformers has of a network; model_type is "dinat" where a block is dilated.
+
+    Args:
+        network: A NAT or DiNAT. One with output_norms is a backbone, whose out_features are all levels; one without a
+            head a NatModel or DinatModel.
+        classes: Names of the outputs; synsets of ImageNet become words.
+
+    Raises:
+        UserError: transformers has no such network; the message says what it lacks.
+    """
+    blocks = [list(level.blocks) for level in network.levels]
+    every = [block for level in blocks for block in level]
+    sizes = {block.attn.kernel_size for block in every}
     dilations = [[block.attn.dilation for block in level] for level in blocks]
-    square = all(height == width for height, width in windows.union(*dilations))
-    if "patch_embed.proj.weight" in model.state_dict() or len(windows) > 1 or not square:
-        raise UserError("transformers has NAT and DiNAT alone, with square windows: no DiNAT_s, isotropic or ViT-rpb.")
-    dilated = any(dilation != (1, 1) for level in dilations for dilation in level)
-    model_type = "dinat" if dilated else "nat"
-    first = blocks[0][0]
+    refused = {
+        "patches that do not overlap (DiNAT_s, isotropic networks, ViT-rpb)": hasattr(
+            network.patch_embed, "patch_size"
+        ),
+        "several kernel sizes, or one that is not square": len(sizes) > 1 or len(set(every[0].attn.kernel_size)) > 1,
+        "a dilation for each axis": any(a != b for level in dilations for a, b in level),
+        f"the pooling {network.global_pool!r}": network.global_pool != "avg",
+        "attention without rpb": any(block.attn.rpb is None for block in every),
+    }
+    if lacking := [what for what, found in refused.items() if found]:
+        raise UserError(f"transformers' NAT and DiNAT do not have {' or '.join(lacking)}: timm's form does.")
+    first, last = every[0], every[-1]
+    dilated = any(pair != (1, 1) for level in dilations for pair in level)
     config = dict(
-        model_type=model_type,
+        model_type="dinat" if dilated else "nat",
         **_FIXED,
-        num_channels=model.in_chans,
-        embed_dim=model.embed_dim,
+        num_channels=network.in_chans,
+        embed_dim=network.embed_dim,
         depths=[len(level) for level in blocks],
         num_heads=[level[0].attn.num_heads for level in blocks],
         kernel_size=first.attn.kernel_size[0],
-        mlp_ratio=first.mlp.fc1.out_features / first.attn.dim,
+        mlp_ratio=first.mlp.fc1.out_features / network.embed_dim,
         qkv_bias=first.attn.qkv.bias is not None,
-        layer_scale_init_value=0.0 if isinstance(first.ls1, nn.Identity) else 1e-5,
-        hidden_dropout_prob=first.attn.proj_drop.p,
-        attention_probs_dropout_prob=first.attn.attn_drop,
-        drop_path_rate=getattr(blocks[-1][-1].drop_path1, "drop_prob", 0.0),
+        layer_scale_init_value=getattr(first.ls1, "init_values", 0.0),
+        drop_path_rate=getattr(last.drop_path1, "drop_prob", 0.0),
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.02,
+        torch_dtype=str(first.norm1.weight.dtype).removeprefix("torch."),
     )
     if dilated:
-        config["dilations"] = [[dilation for dilation, _ in level] for level in dilations]
-    name = model_type.capitalize()
-    if model.has_output_norms:
+        config["dilations"] = [[pair[0] for pair in level] for level in dilations]
+    name = "Dinat" if dilated else "Nat"
+    if network.has_output_norms:
         stages = [f"stage{i + 1}" for i in range(len(blocks))]
-        return dict(config, architectures=[f"{name}Backbone"], out_features=stages)
-    if not model.num_classes:
-        return dict(config, architectures=[f"{name}Model"])
-    names = list(labels) or [f"LABEL_{i}" for i in range(model.num_classes)]
-    ids = {str(i): label for i, label in enumerate(names)}
+        return dict(architectures=[f"{name}Backbone"], **config, out_features=stages)
+    if network.num_classes == 0:
+        return dict(architectures=[f"{name}Model"], **config)
+    names = _words(classes)
     return dict(
-        config,
         architectures=[f"{name}ForImageClassification"],
-        id2label=ids,
-        label2id={label: int(i) for i, label in ids.items()},
+        **config,
+        id2label={str(i): name for i, name in enumerate(names)},
+        label2id={name: i for i, name in enumerate(names)},
     )
 
 
-def transformers_preprocessing(data_config: Mapping) -> dict:
-    """timm's preprocessing as a preprocessor_config.json: the short side resized, and the centre cut out.
+def _words(classes: Sequence[str]) -> list[str]:
+    """The classes as people call them. Two synsets may have one word, and transformers finds a class by its name."""
+    words = ImageNetInfo().label_descriptions(as_dict=True)
+    described = [words.get(name, name) for name in classes]
+    return [
+        f"{text} ({name})" if described.count(text) > 1 and text != name else text
+        for name, text in zip(classes, described, strict=True)
+    ]
 
-    From 384 px on, transformers' class resizes to a square instead.
-    """
-    side = min(data_config["input_size"][1:])
-    resample = dict(nearest=0, lanczos=1, bilinear=2, bicubic=3, box=4, hamming=5)[data_config["interpolation"]]
+
+def _preprocessor_config(data_config: Mapping) -> dict:
+    """timm's evaluation as BitImageProcessor does it: the short side to img_size / crop_pct, then the centre."""
+    (channels, height, width), crop_pct = data_config["input_size"], data_config["crop_pct"]
+    if data_config.get("crop_mode", "center") != "center" or height != width:
+        raise UserError("transformers' preprocessing is said for a square centre crop alone: timm's form has others.")
     return dict(
-        image_processor_type="ConvNextImageProcessor",
+        image_processor_type="BitImageProcessor",
+        do_convert_rgb=channels == 3,
         do_resize=True,
-        size=dict(shortest_edge=side),
-        crop_pct=data_config["crop_pct"],
-        resample=resample,
+        size=dict(shortest_edge=int(height / crop_pct)),
+        resample=int(Image.Resampling[data_config["interpolation"].upper()]),
+        do_center_crop=True,
+        crop_size=dict(height=height, width=width),
         do_rescale=True,
         rescale_factor=1 / 255,
         do_normalize=True,

@@ -27,7 +27,6 @@ from timm.data import ImageNetInfo
 from timm.data.model_config import resolve_input_data_config
 from torch import nn
 
-from ..checkpoints import list_weights
 from ..errors import UserError
 from ..training.evaluation import Predictions, judge, predict, table, write_report
 from ..training.listing import some
@@ -40,6 +39,7 @@ from ..training.models import (
     make_model,
     parse_model_kwargs,
     positive,
+    published_as,
     resolve_name,
 )
 from ..training.report import console
@@ -172,20 +172,12 @@ def _evaluate(args: argparse.Namespace, name: str, model: nn.Module, part: Part,
     more |= dict(precision=args.precision, device=args.device, preprocessing=data_config)
     if args.labels_real is not None:
         judgement.figures |= _real(args.labels_real, predictions, names)
-    if (args.pretrained or args.checkpoint) and (published := _published(model)) is not None:
-        more["published_top1"] = judgement.figures["published_top1"] = published
+    if (args.pretrained or args.checkpoint) and (known := published_as(model)) is not None:
+        more["published_top1"] = judgement.figures["published_top1"] = known.top1
     if folder is not None:
         with writing(folder):
             write_report(folder, predictions, targets, judgement, more)
     return dict(model=name, **judgement.figures, images=len(targets), images_per_second=predictions.images_per_second)
-
-
-def _published(model: nn.Module) -> float | None:
-    """The paper's top-1 of the published weights, if these are they."""
-    cfg = model.pretrained_cfg
-    name = f"{cfg.get('architecture')}.{cfg.get('tag')}"
-    source = cfg.get("source", "")
-    return next((w.top1 for w in list_weights() if w.name == name and source == "hf-hub" and not cfg.get("file")), None)
 
 
 def _real(path: Path, predictions: Predictions, names: Sequence[str]) -> dict[str, float]:

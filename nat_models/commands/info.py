@@ -1,4 +1,4 @@
-"""Prints versions, published weights, and what na2d runs on here and why."""
+"""Prints versions, how many published weights are cached, and what na2d runs on here and why."""
 
 import argparse
 import platform
@@ -23,10 +23,9 @@ def run(args: argparse.Namespace) -> None:
         natten = "not installed"
     print(f"nat_models {__version__}, torch {torch.__version__}, timm {timm.__version__}, natten {natten}")
     print(f"Python {platform.python_version()}, {platform.platform()}")
-    print("\nPublished weights, with their ImageNet-1k top-1:")
-    for weights in list_weights():
-        print(f"  {weights.name:20} {weights.top1} %  {weights.repo}")
-    print()
+    known = list_weights()
+    cached = sum(weights.cached() is not None for weights in known)
+    print(f"{len(known)} published weights, {cached} of them cached (nat-models weights)\n")
     print(explain())
     if torch.accelerator.is_available():
         for rpb in (True, False):

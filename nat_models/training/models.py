@@ -6,7 +6,7 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -16,6 +16,8 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import resolve_model_input_args
 from torch import nn
 
+from ..checkpoints.loading import explain_errors
+from ..checkpoints.manifest import Weights, published
 from ..errors import UserError, unknown
 
 # Of a computation, by the names of the flags.
@@ -53,11 +55,31 @@ def make_model(
     requested = dict(img_size=img_size, in_chans=in_chans)
     own = dict(num_classes=num_classes, drop_path_rate=drop_path, pretrained_cfg_overlay=overlay)
     own = {key: value for key, value in own.items() if value is not None}  # or it would undo one of model_kwargs
-    kwargs = resolve_model_input_args(name, requested, **{**model_kwargs, **own})
-    model = timm.create_model(**kwargs, pretrained=pretrained or checkpoint is not None)
+    with _explain_hub(name):
+        kwargs = resolve_model_input_args(name, requested, **{**model_kwargs, **own})
+        model = timm.create_model(**kwargs, pretrained=pretrained or checkpoint is not None)
     if name.startswith("local-dir:"):  # timm leaves out what it does not know of config.json
         model.problem_type = _read_config(Path(name.removeprefix("local-dir:"))).get("problem_type")
     return model
+
+
+@contextlib.contextmanager
+def _explain_hub(name: str) -> Iterator[None]:
+    """Of a model by its repository, timm asks the Hub for config.json before any code of ours runs."""
+    source, _, repo = name.rpartition(":")
+    if source != "hf-hub":
+        yield
+        return
+    try:
+        with explain_errors(name, dict(source=source, hf_hub_id=repo)):
+            yield
+    except KeyError as e:
+        if e.args != ("architecture",):
+            raise
+        raise UserError(
+            f"{name}: its config.json is not timm's. For one of transformers' NAT or DiNAT, name the architecture "
+            f'and the repository: --model-kwargs "pretrained_cfg_overlay={{hf_hub_id: {repo}}}"'
+        ) from None
 
 
 def resolve_name(name: str) -> str:
@@ -145,6 +167,23 @@ def is_multi_label(model: nn.Module) -> bool:
     return getattr(model, "problem_type", None) == MULTI_LABEL
 
 
+def began_from(model: nn.Module) -> Weights | None:
+    """The manifest's entry for the weights that a pretrained model began from; None for a file and other weights."""
+    cfg = model.pretrained_cfg
+    if cfg.get("file") or not cfg.get("hf_hub_id"):
+        return None
+    return published(cfg["hf_hub_id"], cfg.get("hf_hub_filename"))
+
+
+def published_as(model: nn.Module) -> Weights | None:
+    """The manifest's entry for a pretrained model as it was published; None for one with another head or other sizes,
+    whose figures are its own."""
+    known = began_from(model)
+    if known is None or sum(p.numel() for p in model.parameters()) != known.parameters:
+        return None
+    return known
+
+
 def parse_model_kwargs(pairs: Iterable[str]) -> dict:
     """key=value strings as a dict, values read as YAML: kernel_size=3, depths=[3,4,6,5]."""
     pairs = list(pairs)
@@ -157,10 +196,10 @@ def parse_model_kwargs(pairs: Iterable[str]) -> dict:
     return {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in pairs)}
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that name a model which is used as it is, not trained."""
+def add_model_flags(parser: argparse.ArgumentParser, default: str | None = "nat_mini") -> None:
+    """The flags that name a model which is used as it is, not trained; without a default it has to be named."""
     add = parser.add_argument
-    add("--model", default="nat_mini", help="timm name, or a folder that a run wrote")
+    add("--model", default=default, required=default is None, help="timm name, or a folder that a run wrote")
     add("--pretrained", action=argparse.BooleanOptionalAction, default=True, help="load the published weights")
     add("--checkpoint", help="load this weights file instead")
     add("--model-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help="more arguments of the model")

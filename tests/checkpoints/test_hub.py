@@ -3,19 +3,22 @@
 huggingface_hub reads its endpoint and its cache once, at import, so every case runs in a process of its own.
 """
 
+import hashlib
 import io
+import json
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load, save
 from timm.models import create_model, save_for_hf
 
+import nat_models
 from nat_models.checkpoints import convert_state_dict
 from tests.conftest import FIXTURES, original_state_dict
-from tests.hub import Hub, client_environment
+from tests.hub import Hub, client_environment, commit_of, obey_permissions
 
 REPO = "shi-labs/nat-mini-in1k-224"
 
@@ -49,7 +52,7 @@ print("logits hold")
 """
 
 
-def _run(hub: Hub | None, cache, code: str, **environment: str) -> subprocess.CompletedProcess:
+def _run(hub: Hub | None, cache, code: str, preexec_fn=None, **environment: str) -> subprocess.CompletedProcess:
     # A closed port stands for a network that is down.
     endpoint = hub.endpoint if hub else "http://127.0.0.1:9"
     environment = client_environment(endpoint, cache) | environment
@@ -60,6 +63,7 @@ def _run(hub: Hub | None, cache, code: str, **environment: str) -> subprocess.Co
         capture_output=True,
         text=True,
         timeout=300,
+        preexec_fn=preexec_fn,
     )
 
 
@@ -157,3 +161,125 @@ def test_a_cut_off_file_is_named_in_the_cache(hub, tmp_path, published, name):
 def test_a_wrong_layout_on_the_hub_is_one_clear_error(hub, tmp_path):
     hub.files[REPO] = {"model.safetensors": save({"conv1.weight": torch.zeros(3)})}
     assert "not a NAT in a known layout. Found keys such as 'conv1.weight'" in _error(_run(hub, tmp_path, LOAD))
+
+
+SMALL = dict(embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
+
+
+def _small(seed: int) -> bytes:
+    torch.manual_seed(seed)
+    return save(create_model("nat_mini", **SMALL).state_dict())
+
+
+# Prints the largest weight of each head: what tells one network from another. `load` is what is tested.
+_PRINT = f"""
+def load(**overlay):
+    model = timm.create_model("nat_mini", pretrained=True, pretrained_cfg_overlay=overlay, **{SMALL})
+    print(model.head.fc.weight.max().item())
+"""
+
+
+def _printed(content: bytes) -> str:
+    return f"{load(content)['head.fc.weight'].max().item()}"
+
+
+def test_a_pinned_revision_is_what_loads(hub, tmp_path):
+    old, new = _small(1), _small(2)
+    hub.files["someone/nat"] = {"model.safetensors": old}
+    hub.commit("someone/nat", "v1", {"model.safetensors": old})
+    hub.commit("someone/nat", "main", {"model.safetensors": new})
+    at = commit_of({"model.safetensors": old})
+    code = f"{_PRINT}\nfor at in ('', '@v1', '@{at}'): load(hf_hub_id='someone/nat' + at)\n"
+    run = _run(hub, tmp_path, code)
+    assert run.stdout.split() == [_printed(new), _printed(old), _printed(old)], run.stderr
+    message = _error(_run(hub, tmp_path, f"{_PRINT}\nload(hf_hub_id='someone/nat@v2')"))
+    assert "nat_mini: someone/nat@v2 on the Hugging Face Hub has no such revision" in message
+
+
+def _manifest(tmp_path, **pins: str) -> str:
+    """Code that makes nat_mini's entry of the manifest another one."""
+    entry = {**nat_models.list_weights("nat_mini")[0]._asdict(), **pins}
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps({"checkpoints": [entry]}))
+    return f"from pathlib import Path\nnat_models.checkpoints.manifest.resource = lambda *names: Path({str(path)!r})\n"
+
+
+def test_the_revision_and_the_file_that_the_manifest_knows_are_asked_for_verified_and_found_offline(hub, tmp_path):
+    known, other = _bin(load(_small(1))), _small(2)
+    files = {"pytorch_model.bin": known, "model.safetensors": other}
+    hub.commit(REPO, "main", files)
+    hub.commit(REPO, "main", {"pytorch_model.bin": b"another one"})
+    pins = dict(revision=commit_of(files), sha256=hashlib.sha256(known).hexdigest())
+    code = f"{_manifest(tmp_path, **pins)}{_PRINT}\nload()\nprint(nat_models.list_weights()[0].cached())"
+    run = _run(hub, tmp_path / "cache", code)
+    assert run.returncode == 0, run.stderr
+    largest, cached = run.stdout.split()
+    assert largest == _printed(_small(1))
+    assert cached.startswith(f"{tmp_path / 'cache'}/") and cached.endswith(f"{commit_of(files)}/pytorch_model.bin")
+    assert hub.downloads() == {"pytorch_model.bin"}
+    assert _run(None, tmp_path / "cache", code, HF_HUB_OFFLINE="1").stdout == run.stdout
+
+
+def test_a_file_of_another_hash_than_the_manifest_knows_is_refused(hub, tmp_path):
+    content = _bin(load(_small(1)))
+    hub.files[REPO] = {"pytorch_model.bin": content}
+    message = _error(_run(hub, tmp_path, f"{_manifest(tmp_path, sha256='0' * 64)}{_PRINT}\nload()"))
+    for part in (
+        hashlib.sha256(content).hexdigest(),
+        "0" * 64,
+        str(tmp_path),
+        "pytorch_model.bin",
+        "nothing was loaded",
+    ):
+        assert part in message
+    assert "Delete it and load again" in message
+
+
+def test_the_hash_of_the_published_file_is_none_of_another_revision_or_file(hub, tmp_path):
+    hub.files[REPO] = {"pytorch_model.bin": _bin(load(_small(1))), "own.safetensors": _small(2)}
+    code = f"{_manifest(tmp_path, sha256='0' * 64)}{_PRINT}\n"
+    code += f"load(hf_hub_id='{REPO}@main')\nload(hf_hub_filename='own.safetensors')"
+    run = _run(hub, tmp_path, code)
+    assert run.stdout.split() == [_printed(_small(1)), _printed(_small(2))], run.stderr
+
+
+def test_a_cache_that_is_read_only_serves_what_it_has_and_the_rest_is_one_clear_error(hub, tmp_path):
+    hub.files["someone/nat"] = {"model.safetensors": _small(1)}
+    hub.files["someone/other"] = {"model.safetensors": _small(2)}
+    cache = tmp_path / "cache"
+    code = f"{_PRINT}\nload(hf_hub_id='someone/nat')\n"
+    assert _run(hub, cache, code).stdout.split() == [_printed(_small(1))]
+    folders = [folder for folder, _, _ in os.walk(cache)]
+    for folder in folders:
+        os.chmod(folder, 0o555)
+    try:
+        run = _run(hub, cache, f"{code}load(hf_hub_id='someone/other')", preexec_fn=obey_permissions)
+    finally:
+        for folder in folders:
+            os.chmod(folder, 0o755)
+    assert run.stdout.split() == [_printed(_small(1))], run.stderr
+    message = _error(run)
+    assert "someone/other on the Hugging Face Hub is not in the cache" in message
+    assert f"{cache / 'hub'}, which cannot be written to: Permission denied. Set HF_HUB_CACHE" in message
+
+
+def test_a_repository_named_to_a_command_is_found_or_one_clear_error(hub, tmp_path):
+    hub.files["someone/config"] = {"config.json": b'{"model_type": "nat"}'}
+    code = """
+from nat_models.cli import main
+for repo in ("someone/lost", "someone/config@v3", "someone/config"):
+    assert main(["export", "--model", f"hf-hub:{repo}"]) == 2
+"""
+    run = _run(hub, tmp_path, code)
+    assert run.returncode == 0, run.stderr
+    errors = [line for line in run.stderr.splitlines() if line.startswith("error: hf-hub:")]
+    for error, message in zip(
+        errors, ("there is no repository", "has no such revision", "its config.json is not timm's"), strict=True
+    ):
+        assert message in error
+
+
+def test_a_cache_that_cannot_be_made_is_one_clear_error(hub, tmp_path):
+    hub.files["someone/nat"] = {"model.safetensors": _small(1)}
+    message = _error(_run(hub, tmp_path, f"{_PRINT}\nload(hf_hub_id='someone/nat')", HF_HUB_CACHE="/dev/null/cache"))
+    assert "/dev/null/cache, which cannot be written to: Not a directory" in message

@@ -235,20 +235,26 @@ def test_a_long_list_of_keys_is_cut_and_counted(extra, ending):
 def test_a_damaged_download_is_named_by_its_path_in_the_cache(monkeypatch, tmp_path):
     damaged, found = tmp_path / "pytorch_model.bin", {}
     damaged.write_bytes(b"PK\x03\x04 cut")
-    monkeypatch.setattr(
-        loading, "try_to_load_from_cache", lambda repo, file: found.get(file) if repo == "a/b" else None
-    )
-    error = EOFError("short")
-    assert loading._unreadable("a/b", None, error).startswith("a/b cannot be read")
+
+    def cached(repo, file, *, cache_dir, revision):
+        return found.get(file) if (repo, cache_dir, revision) == ("a/b", "cache", "v1") else None
+
+    def unreadable(cache_dir="cache", **cfg) -> str:
+        return loading._unreadable({"hf_hub_id": "a/b@v1", **cfg}, cache_dir, EOFError("short"))
+
+    monkeypatch.setattr(loading, "try_to_load_from_cache", cached)
+    assert unreadable().startswith("a/b@v1 cannot be read")
     found["pytorch_model.bin"] = str(damaged)
-    message = loading._unreadable("a/b", None, error)
+    message = unreadable()
     assert message.startswith(f"{damaged} cannot be read: it is cut off")
     assert "Delete it and load again" in message and "(EOFError: short)" in message
     damaged.with_name("model.safetensors").write_bytes(b"")
     found["model.safetensors"] = str(damaged.with_name("model.safetensors"))
-    assert "model.safetensors cannot be read: it is empty. Delete it" in loading._unreadable("a/b", None, error)
-    assert loading._unreadable("c/d", None, error).startswith("c/d cannot be read")
-    assert "own.pth cannot be read" in loading._unreadable("a/b", "own.pth", error)
+    assert "model.safetensors cannot be read: it is empty. Delete it" in unreadable()
+    assert unreadable(cache_dir=None).startswith("a/b@v1 cannot be read")
+    assert unreadable(hf_hub_id="a/b").startswith("a/b cannot be read")
+    assert unreadable(hf_hub_id="c/d@v1").startswith("c/d@v1 cannot be read")
+    assert "own.pth cannot be read" in unreadable(file="own.pth")
 
 
 def test_all_that_does_not_fit_is_listed_at_once():
@@ -302,7 +308,7 @@ _RESPONSE = types.SimpleNamespace(headers={}, request=None, status_code=500, url
 def test_what_goes_wrong_with_the_hub_is_explained_with_its_cause(error, message):
     with (
         pytest.raises(CheckpointError, match=message) as raised,
-        loading._explain_errors("nat_mini", {"hf_hub_id": "a/b"}),
+        loading.explain_errors("nat_mini", {"hf_hub_id": "a/b"}),
     ):
         raise error
     assert raised.value.__cause__ is error
@@ -312,6 +318,6 @@ def test_what_goes_wrong_with_the_hub_is_explained_with_its_cause(error, message
     "error", [RuntimeError("CUDA out of memory"), CheckpointError("says weights_only"), KeyError("x")]
 )
 def test_an_error_that_is_none_of_the_weights_passes_as_it_is(error):
-    with pytest.raises(type(error)) as raised, loading._explain_errors("nat_mini", {"hf_hub_id": "a/b"}):
+    with pytest.raises(type(error)) as raised, loading.explain_errors("nat_mini", {"hf_hub_id": "a/b"}):
         raise error
     assert raised.value is error

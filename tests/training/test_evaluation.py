@@ -310,6 +310,14 @@ def test_a_run_has_a_card_with_its_figures_and_recipe(trained):
     assert "lr: 0.002" in card and "weight_decay" not in card
 
 
+def test_a_run_is_published_with_the_card_of_its_own(trained, capsys):
+    assert main(["push", "--model", str(trained), "--repo", "user/colours", "--dry-run"]) == 0
+    card = capsys.readouterr().out.partition("\n---\n")[2]
+    own = (trained / "best" / "README.md").read_text().removeprefix("---\n").replace("local-dir:", "hf-hub:")
+    shown = [line for line in own.replace("FOLDER", "user/colours").splitlines() if line not in card.splitlines()]
+    assert shown == []
+
+
 def save(folder: Path, names: list[str], multi_label: bool = False, bias: float | None = None) -> Path:
     """An untrained network, whose answers differ from image to image."""
     torch.manual_seed(0)

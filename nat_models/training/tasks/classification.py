@@ -23,9 +23,9 @@ from torchmetrics.classification import (
 
 from ...checkpoints.saving import save_model
 from ...errors import UserError, unknown
+from ..cards import Facts, model_card, recipe_of
 from ..images import ImageSet
-from ..models import make_model
-from ..publishing import model_card
+from ..models import began_from, make_model
 from ..settings import Settings, option
 from ..splits import Part, drop_unreadable, read_data
 from ..tables import Columns
@@ -166,16 +166,22 @@ class Classification:
     def save(self, network: nn.Module, folder: Path, rows: Sequence[dict]) -> None:
         config = dict(label_names=self.classes, problem_type="multi_label_classification" if self.multi_label else None)
         save_model(network, folder, model_config=config, data_config=self.data_config)
-        figures = {name: rows[-1][name] for name in self.figures if name in rows[-1]} if rows else {}
-        card = model_card(
-            self.settings,
-            about=f"{self.about}, {self.sizes[0]:,} training and {self.sizes[1]:,} validation images",
-            classes=self.classes,
+        s, data = self.settings, Path(self.settings.data).name
+        began = began_from(network) if s.pretrained and s.checkpoint is None else None
+        facts = Facts(
+            title=f"{s.model}, trained on {data}",
+            about="Trained with [nat_models](https://arxiv.org/abs/2204.07143): "
+            f"{self.about}, {self.sizes[0]:,} training and {self.sizes[1]:,} validation images.",
+            dataset=data if data else None,
+            figures={name: rows[-1][name] for name in self.figures if name in rows[-1]} if rows else {},
+            figures_of=f"Of the validation images, after epoch {len(rows)} of {s.epochs}; percent, but for val_loss.",
+            recipe=recipe_of(s),
             digest=self.digest,
-            epoch=len(rows),
-            figures=figures,
-            data_config=self.data_config,
+            license=None if began is None else began.license,
+            base_model=None if began is None else began.repo,
         )
+        facts.write(folder)
+        card = model_card(facts, classes=self.classes, data_config=self.data_config, source="FOLDER")
         (folder / "README.md").write_text(card)
 
 
