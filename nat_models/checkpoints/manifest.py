@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from huggingface_hub import try_to_load_from_cache
 
 from ..resources import resource
@@ -18,14 +19,15 @@ class Weights(NamedTuple):
     from then on that revision is what is asked for, and a file of another sha256 is refused."""
 
     name: str  # arch.tag, timm's name
-    repo: str  # on the Hugging Face Hub
+    repo: str | None  # on the Hugging Face Hub; None where it is at `url`
     revision: str | None
     file: str
     sha256: str | None
     layout: str  # one of LAYOUTS
     license: str
     parameters: int
-    top1: float  # ImageNet-1k, percent, as published
+    top1: float | None  # ImageNet-1k, percent, as published; None for another set of classes
+    url: str | None = None  # the authors' own address
 
     @property
     def megabytes(self) -> float:
@@ -33,10 +35,14 @@ class Weights(NamedTuple):
         return self.parameters * 4 / 1e6
 
     def cached(self) -> Path | None:
-        """The file in the Hub's cache on this machine (HF_HOME, HF_HUB_CACHE); None if it is not there.
+        """The file in the cache on this machine, the Hub's (HF_HOME, HF_HUB_CACHE) or for a url PyTorch's (TORCH_HOME);
+        None if it is not there.
 
         No connection is made.
         """
+        if self.repo is None:
+            path = Path(torch.hub.get_dir(), "checkpoints", self.file)
+            return path if path.is_file() else None
         # A file whose hash is known is asked for by its name; timm looks for safetensors first.
         for file in dict.fromkeys([self.file] if self.sha256 else [*HUB_FILES, self.file]):
             path = try_to_load_from_cache(self.repo, file, revision=self.revision)

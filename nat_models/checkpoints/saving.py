@@ -74,7 +74,7 @@ def label_names(model: nn.Module) -> list[str]:
 
 
 def synsets(model: nn.Module) -> list[str]:
-    """Classes of a network that names none: ImageNet's where their number says so, else as transformers numbers them."""
+    """Classes of a network that names none: ImageNet's where their number says so, else numbers as transformers'."""
     if (subset := infer_imagenet_subset(model)) is not None:
         return list(ImageNetInfo(subset).label_names())
     return [f"LABEL_{i}" for i in range(model.num_classes)]

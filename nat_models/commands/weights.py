@@ -12,7 +12,7 @@ import json
 from ..checkpoints import Weights, list_weights
 from ..errors import unknown
 
-_HEADER = ("weights", "parameters", "size", "top-1", "licence", "cached", "repository")
+_HEADER = ("weights", "parameters", "size", "top-1", "licence", "cached", "where")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -52,8 +52,14 @@ def _row(weights: Weights) -> tuple[str, ...]:
         weights.name,
         f"{weights.parameters / 1e6:.1f} M",
         f"{weights.megabytes:.0f} MB",
-        f"{weights.top1} %",
+        "" if weights.top1 is None else f"{weights.top1} %",
         weights.license,
         "no" if weights.cached() is None else "yes",
-        weights.repo if weights.revision is None else f"{weights.repo}@{weights.revision[:12]}",
+        _place(weights),
     )
+
+
+def _place(weights: Weights) -> str:
+    if weights.repo is None:
+        return weights.url
+    return weights.repo if weights.revision is None else f"{weights.repo}@{weights.revision[:12]}"

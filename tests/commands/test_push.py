@@ -235,7 +235,6 @@ def test_a_network_with_dilations_is_transformers_dinat(tmp_path):
     [
         (dict(kernel_size=(3, 5)), "not square"),
         (dict(global_pool="max"), "the pooling 'max'"),
-        (dict(num_classes=0), "without a head"),
     ],
 )
 def test_what_transformers_does_not_have_is_refused(kwargs, lacking):

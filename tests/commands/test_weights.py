@@ -26,7 +26,7 @@ def cache(tmp_path, monkeypatch):
 def test_the_table_has_a_row_for_each_checkpoint_and_tells_the_cached_one(cache, capsys):
     assert main(["weights"]) == 0
     header, *rows = capsys.readouterr().out.splitlines()
-    assert header.split() == ["weights", "parameters", "size", "top-1", "licence", "cached", "repository"]
+    assert header.split() == ["weights", "parameters", "size", "top-1", "licence", "cached", "where"]
     assert [row.split()[0] for row in rows] == [weights.name for weights in nat_models.list_weights()]
     (tiny,) = [row.split() for row in rows if row.startswith("nat_tiny.shi_in1k")]
     assert " ".join(tiny[1:]) == "27.9 M 112 MB 83.2 % mit yes shi-labs/nat-tiny-in1k-224"
@@ -43,7 +43,7 @@ def test_json_names_the_cached_file_and_a_pattern_chooses(cache, capsys):
     assert listed["nat_tiny"]["megabytes"] == 111.6
 
 
-@pytest.mark.parametrize("pattern", ["nat_tiny", "nat_tiny.shi_in1k", "*tiny*"])
+@pytest.mark.parametrize("pattern", ["nat_tiny", "nat_tiny.shi_in1k", "nat_t*"])
 def test_an_architecture_names_its_weights(pattern):
     assert [weights.name for weights in nat_models.list_weights(pattern)] == ["nat_tiny.shi_in1k"]
 
@@ -67,3 +67,12 @@ def test_a_pattern_that_nothing_matches_is_one_line(capsys):
 def test_what_is_pinned_counts_as_cached_where_that_revision_and_file_are(cache, pins, cached):
     (weights,) = nat_models.list_weights("nat_tiny")
     assert (weights._replace(**pins).cached() is not None) is cached
+
+
+def test_weights_at_an_address_are_found_in_the_cache_of_pytorch(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (weights,) = nat_models.list_weights("vitrpb_small")
+    assert weights.repo is None and weights.url.endswith(weights.file) and weights.cached() is None
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "hub" / "checkpoints" / weights.file).touch()
+    assert weights.cached() == tmp_path / "hub" / "checkpoints" / weights.file

@@ -324,3 +324,45 @@ def test_the_package_alone_imports_no_transformers():
     code = "import sys, nat_models, nat_models.cli; print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=FIXTURES.parents[1])
     assert done.stdout.strip() == "False", done.stderr
+
+
+@pytest.mark.slow  # a network of 200 M parameters, twice
+@pytest.mark.parametrize("kind", ["oneformer", "mask2former"])
+def test_a_full_size_model_with_dinat_large_loads_whole(kind, tmp_path):
+    """Of the size of shi-labs' oneformer_*_dinat_large; its backbone's names are those of the published network."""
+    dilations = [[1, 20, 1], [1, 5, 1, 10], [1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5], [1, 2, 1, 2, 1]]
+    data = dict(embed_dim=192, depths=[3, 4, 18, 5], num_heads=[6, 12, 24, 48], mlp_ratio=2.0, kernel_size=11)
+    backbone = hf.DinatConfig(**data, dilations=dilations, out_features=STAGES)
+    if kind == "oneformer":
+        config = transformers.OneFormerConfig(backbone_config=backbone, is_training=True, num_labels=150)
+        model = transformers.OneFormerForUniversalSegmentation(config)
+    else:
+        config = transformers.Mask2FormerConfig(backbone_config=backbone, num_labels=150)
+        model = transformers.Mask2FormerForUniversalSegmentation(config)
+    place = "model.pixel_level_module.encoder."
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    original = json.loads((FIXTURES / "original_keys.json").read_text())["dinat_large"]
+    shapes = {k: torch.empty(s, device="meta") for k, s in original.items() if not k.startswith(("norm.", "head."))}
+    shapes |= {
+        f"norm{i}.{part}": torch.empty(192 * 2**i, device="meta") for i in range(4) for part in ("weight", "bias")
+    }
+    expected = {place + k: v.shape for k, v in convert_state_dict(shapes, "transformers").items()}
+    for key in expected:
+        if key.endswith(".rpb"):
+            expected[key] = torch.Size([expected[key][0], 21, 21])
+    assert {k: v.shape for k, v in saved.items() if k.startswith(place)} == expected
+    del model, saved
+    cls = transformers.AutoModelForUniversalSegmentation
+    model, info = cls.from_pretrained(tmp_path, output_loading_info=True)
+    assert _loaded_whole(info)
+    x = torch.randn(2, 3, 96, 96)
+    overlay = dict(file=str(tmp_path / "model.safetensors"))
+    arguments = dict(features_only=True, output_norms=True, kernel_size=11, dilations=dilations)
+    ours = create_model("dinat_large", pretrained=True, pretrained_cfg_overlay=overlay, **arguments).eval()
+    with torch.no_grad():
+        maps = model.eval().get_submodule(place.rstrip("."))(x).feature_maps
+        for theirs, mine in zip(maps, ours(x), strict=True):
+            torch.testing.assert_close(theirs, mine, rtol=0, atol=1e-5)
+        model.train()
+        assert torch.isfinite(model(pixel_values=x, **_targets(model, 96)).loss).all()
