@@ -98,7 +98,7 @@ def main(arguments: list[str]) -> int:
 
         import nat_models  # noqa: F401  registers the networks
 
-        plugin = OurNetworks(list_models(module="nat"))
+        plugin = OurNetworks(list_models(module=["nat", "dinat"]))
         source = fetch(Path(folder))
         # timm's configuration, for its markers, and none of its modules: the installed timm is the one that is tested.
         options = ["--config-file", str(source / "pyproject.toml"), "-p", "no:cacheprovider", "-W", "ignore"]
