@@ -21,7 +21,7 @@ from .checkpoints.saving import (
     transformers_config,
     transformers_files,
 )
-from .errors import UserError
+from .errors import UserError, unknown
 from .writing import write_atomically, writing
 
 FORMS = ("timm", "transformers", "original")
@@ -36,6 +36,7 @@ class Described(NamedTuple):
     name: str  # timm's
     arguments: dict
     labels: list[str] | None
+    problem_type: str | None = None  # transformers' word for what the classes are
 
 
 class Converted(NamedTuple):
@@ -62,14 +63,16 @@ def describe(checkpoint: Path) -> Described | None:
     except ValueError as e:
         raise UserError(f"{path} cannot be read: {e}") from None
     if "architecture" in config:
-        return Described(config["architecture"], dict(config.get("model_args", {})), config.get("label_names"))
+        arguments = dict(config.get("model_args", {}))
+        return Described(config["architecture"], arguments, config.get("label_names"), config.get("problem_type"))
     labels = config.get("id2label")
     labels = None if labels is None else [labels[key] for key in sorted(labels, key=int)]
     backbone = config.get("backbone_config")
+    problem_type = config.get("problem_type")
     config = backbone or config
     if config.get("model_type") not in ("nat", "dinat"):
         raise UserError(f"{path} is of no NAT: it has neither timm's architecture nor model_type nat or dinat.")
-    return Described(*_variant(config), None if backbone else labels)
+    return Described(*_variant(config), *((None, None) if backbone else (labels, problem_type)))
 
 
 def _variant(config: Mapping) -> tuple[str, dict]:
@@ -110,16 +113,20 @@ def convert(
         check: Load both, run both on random images, and compare.
 
     Raises:
-        UserError: Nobody says what network it is; the form does not exist, or not for this network; a file cannot be
-            written; the check found a difference above TOLERANCE.
+        UserError: Nobody says what network it is, or it is none of ours; the form does not exist, or not for this
+            network; the output holds the checkpoint or cannot be written; the check found a difference above TOLERANCE.
         CheckpointError: The weights cannot be read, or are not this network's.
     """
     if to not in FORMS:
         raise UserError(f"A checkpoint is converted to one of {', '.join(FORMS)}, got {to!r}.")
-    described = describe(checkpoint)
-    if name is None and described is None:
+    if output.exists() and output.resolve() in (checkpoint.resolve(), checkpoint.resolve().parent):
+        raise UserError(f"The output {output} holds the checkpoint: choose another one.")
+    described = describe(checkpoint) if name is None else Described(name, {}, None)
+    if described is None:
         raise UserError(f"Beside {checkpoint} is no config.json that says what network it is: pass its name, --model.")
-    described = described if name is None else Described(name, {}, described and described.labels)
+    known = timm.list_models(module=["nat", "dinat"])
+    if described.name.partition(".")[0] not in known:
+        raise unknown("model", described.name, known)
     arguments = dict(described.arguments, **(model_kwargs or {}))
 
     tensors = find_network(read_checkpoint(checkpoint)).tensors
@@ -135,7 +142,8 @@ def convert(
     if to == "transformers":
         if not has_norm and not target.has_output_norms:
             raise UserError("transformers' networks have a norm after the last level or after each; this has neither.")
-        files = transformers_files(target, classes=labels or synsets(target), data_config=data_config)
+        names = labels or synsets(target)
+        files = transformers_files(target, classes=names, data_config=data_config, problem_type=described.problem_type)
         state_dict = convert_state_dict(state_dict, to, model_type=files["config.json"]["model_type"])
     elif to == "original":
         state_dict = convert_state_dict(state_dict, to)
@@ -145,7 +153,8 @@ def convert(
         temporary = output / "model.safetensors.tmp"
         save_tensors(state_dict, temporary)
         if to == "timm":
-            save_config(target, output, model_config=dict(label_names=labels), data_config=data_config)
+            told = dict(label_names=labels, problem_type=described.problem_type)
+            save_config(target, output, model_config=told, data_config=data_config)
         for name, content in files.items():
             write_atomically(output / name, json.dumps(content, indent=2))
         temporary.replace(path)

@@ -192,6 +192,27 @@ def test_what_is_not_said_is_asked_for(given, message, network, tmp_path):
         convert(path, tmp_path / "a", **given)
 
 
+@pytest.mark.parametrize("where", ["m.pth", "."])
+def test_a_checkpoint_is_not_written_over(where, network, tmp_path):
+    _pth(network("nat_mini"), tmp_path / "m.pth")
+    with pytest.raises(UserError, match="holds the checkpoint"):
+        convert(tmp_path / where, tmp_path, to="timm", name="nat_mini")
+
+
+def test_another_kind_of_network_is_an_error(network, tmp_path):
+    with pytest.raises(UserError, match="Unknown model 'resnet50'"):
+        convert(_pth(network("nat_mini"), tmp_path / "m.pth"), tmp_path / "a", to="timm", name="resnet50")
+
+
+def test_several_labels_stay_several_labels(network, tmp_path):
+    model, several = network("nat_mini", num_classes=3), "multi_label_classification"
+    save_for_hf(model, tmp_path / "timm", model_config=dict(problem_type=several), safe_serialization=True)
+    convert(tmp_path / "timm", tmp_path / "theirs", to="transformers")
+    convert(tmp_path / "theirs", tmp_path / "again", to="timm")
+    for folder in ("theirs", "again"):
+        assert json.loads((tmp_path / folder / "config.json").read_text())["problem_type"] == several
+
+
 def test_another_networks_configuration_is_an_error(network, tmp_path):
     _pth(network("nat_mini"), tmp_path / "m.pth")
     (tmp_path / "config.json").write_text('{"model_type": "swin"}')
