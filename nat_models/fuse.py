@@ -7,8 +7,10 @@ import torch
 import torch.nn as nn
 from timm.layers import LayerScale
 from torch import Tensor
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .networks.blocks import NATBlock
+from .networks.upernet import ConvBlock
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -74,9 +76,10 @@ def _pointwise(linear: nn.Linear) -> nn.Conv2d:
 def fuse(model: _Model, *, freezing: bool = False) -> _Model:
     """Folds what is linear into the weights next to it; returns a copy in evaluation mode.
 
-    Layer scale moves into the projection it follows, the scale of the logits into the rows of the query projection, and
-    convolutions keep their weights channels last. The copy is a model of the same class and computes the same function,
-    up to rounding in its dtype; its state dict no longer has the published keys. The given model is left as it is.
+    Layer scale moves into the projection it follows, the scale of the logits into the rows of the query projection, a
+    segmenter's BatchNorm into its convolution, and convolutions keep their weights channels last. The copy is a model of
+    the same class and computes the same function, up to rounding in its dtype; its state dict no longer has the published
+    keys. The given model is left as it is.
 
     Args:
         model: A NAT or any module that has NAT blocks inside, a features_only one or a segmentation model say.
@@ -97,6 +100,9 @@ def fuse(model: _Model, *, freezing: bool = False) -> _Model:
         attn.scale = 1.0
         block.ls1 = _fold(block.ls1, attn.proj)
         block.ls2 = _fold(block.ls2, block.mlp.fc2)
+    for module in fused.modules():
+        if isinstance(module, ConvBlock):
+            module.conv, module.bn = fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()
     if freezing:
         fused = PointwiseBlock(fused) if isinstance(fused, NATBlock) else fused.apply(_use_pointwise_blocks)
     return fused.to(memory_format=torch.channels_last)

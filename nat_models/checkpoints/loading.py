@@ -29,7 +29,7 @@ from .unwrapping import Network, find_network
 
 _LISTED_KEYS = 6
 _HEAD, _NORM, _OUTPUT_NORMS = "head.fc", "norm", "output_norms"
-_STEMS = ("patch_embed.proj.0.weight", "patch_embed.proj.weight")
+STEMS = ("patch_embed.proj.0.weight", "patch_embed.proj.weight")
 
 
 def fit_state_dict(
@@ -60,27 +60,37 @@ def fit_state_dict(
         if not any(key.startswith(f"{part}.") for key in state_dict):
             state_dict |= {key: value for key, value in target.items() if key.startswith(f"{part}.")}
 
-    mismatched = []
     for key, value in state_dict.items():
-        if key not in target:
-            continue
-        expected = target[key].shape
+        expected = target[key].shape if key in target else value.shape
         if key.endswith(".rpb") and value.ndim == 3 and value.shape[0] == expected[0] and value.shape != expected:
             window = tuple((n + 1) // 2 for n in expected[1:])
             state_dict[key] = resize_rel_pos_bias_table_simple(value, window, expected)
-        elif key in _STEMS and value.ndim == 4 and value[:, :1].shape == target[key][:, :1].shape:
-            continue
-        elif value.shape != expected:
-            mismatched.append(f"{key} found {tuple(value.shape)} expected {tuple(expected)}")
+    refuse_misfits(state_dict, target, network.place)
+    return state_dict
+
+
+def refuse_misfits(state_dict: Mapping[str, Tensor], target: Mapping[str, Tensor], place: str = "") -> None:
+    """Raises a CheckpointError that lists how a state dict does not fit, `target` being the model's.
+
+    A stem may have other input channels. `place` is where in its file the state dict was found.
+    """
     missing = [key for key in target if key not in state_dict]
     unexpected = [key for key in state_dict if key not in target]
+    mismatched = [
+        f"{key} found {tuple(value.shape)} expected {tuple(target[key].shape)}"
+        for key, value in state_dict.items()
+        if key in target and value.shape != target[key].shape and not _of_other_channels(key, value, target[key])
+    ]
     if missing or unexpected or mismatched:
-        where = f" Read from {network.place}." if network.place else ""
+        where = f" Read from {place}." if place else ""
         lines = [f"The checkpoint does not fit the model, nothing was loaded.{where}"]
         problems = {"missing": missing, "unexpected": unexpected, "of another shape": mismatched}
         lines += [f"{len(keys)} {what}: {_list(keys)}." for what, keys in problems.items() if keys]
         raise CheckpointError("\n".join([*lines, *_advice(missing, unexpected, mismatched)]))
-    return state_dict
+
+
+def _of_other_channels(key: str, value: Tensor, own: Tensor) -> bool:
+    return key in STEMS and value.ndim == 4 and value[:, :1].shape == own[:, :1].shape
 
 
 def _list(keys: list[str]) -> str:

@@ -66,7 +66,7 @@ def find_network(checkpoint: object) -> Network:
 
 
 def _networks(checkpoint: object) -> Iterator[Network]:
-    for path, tensors in _mappings(checkpoint):
+    for path, tensors in mappings(checkpoint):
         stems = {key[: match.start()]: match for key in tensors if (match := _STEM.search(key))}
         prefixes = [prefix for prefix, match in stems.items() if not match["patches"] or _has_bias(tensors, prefix)]
         for prefix in prefixes:
@@ -85,7 +85,7 @@ def _has_bias(tensors: Mapping[str, Tensor], prefix: str) -> bool:
     return any(key.startswith(prefix) and key.endswith(_BIAS) for key in tensors)
 
 
-def _mappings(value: object, path: tuple = ()) -> Iterator[tuple[tuple, dict[str, Tensor]]]:
+def mappings(value: object, path: tuple = ()) -> Iterator[tuple[tuple, dict[str, Tensor]]]:
     """Every mapping in a checkpoint with its path: its tensors, without the wrappers' names."""
     if isinstance(value, nn.Module):
         value = value.state_dict()
@@ -102,7 +102,7 @@ def _mappings(value: object, path: tuple = ()) -> Iterator[tuple[tuple, dict[str
     elif not isinstance(value, list | tuple):
         return
     for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
-        yield from _mappings(inner, (*path, key))
+        yield from mappings(inner, (*path, key))
 
 
 def _is_counter(key: str, value: Tensor) -> bool:
@@ -129,7 +129,7 @@ def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 
 def _unmarked(checkpoint: object) -> Network:
     """What has no stem: a part of a NAT, which fitting then lists as incomplete, or another network, refused here."""
-    path, tensors = max(_mappings(checkpoint), key=lambda found: len(found[1]), default=((), {}))
+    path, tensors = max(mappings(checkpoint), key=lambda found: len(found[1]), default=((), {}))
     if not tensors:
         held = list(checkpoint) if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
         raise CheckpointError(f"The checkpoint holds no tensors with names, but {held}.")

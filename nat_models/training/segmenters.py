@@ -1,0 +1,86 @@
+"""Folders of segmenters: what they are, what their classes are, and how images are prepared for them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import nn
+
+from ..checkpoints.saving import save_tensors
+from ..errors import UserError
+from ..networks.upernet import UPerNet, upernet
+
+_ARCHITECTURE = "upernet"
+
+
+@dataclass(frozen=True)
+class Segmenter:
+    """What config.json of a segmenter's folder holds.
+
+    Attributes:
+        backbone: timm's name.
+        backbone_kwargs: Its arguments, in_chans, dilations and so on; none that fetch weights.
+        channels: Of the head.
+        classes: Names, in the order of the outputs.
+        colours: Of the classes in pictures, red, green and blue from 0 to 255.
+        mean: Subtracted from each channel of an image whose values are 0 to 1.
+        std: Each channel is then divided by it.
+        short_side: Images are resized for a test so that their short side is this many pixels; None leaves them.
+        long_side: And so that their long side is at most this many.
+    """
+
+    backbone: str
+    backbone_kwargs: Mapping
+    channels: int
+    classes: Sequence[str]
+    colours: Sequence[Sequence[int]]
+    mean: Sequence[float]
+    std: Sequence[float]
+    short_side: int | None = None
+    long_side: int | None = None
+
+    def make_network(self) -> UPerNet:
+        """The network, with random weights."""
+        kwargs = dict(num_classes=len(self.classes), channels=self.channels)
+        return upernet(self.backbone, **kwargs, **self.backbone_kwargs)
+
+
+def save_segmenter(network: nn.Module, folder: Path, about: Segmenter) -> None:
+    """Writes config.json and model.safetensors into a folder that exists."""
+    save_tensors(network.state_dict(), folder / "model.safetensors")
+    config = dict(architecture=_ARCHITECTURE, **asdict(about))
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def is_segmenter(folder: Path) -> bool:
+    """Whether save_segmenter wrote the folder, or the best/ of a run in it."""
+    return _find(folder) is not None
+
+
+def load_segmenter(folder: Path) -> tuple[UPerNet, Segmenter]:
+    """The network in evaluation, and what its folder says of it; of a run's folder its best/.
+
+    Raises:
+        UserError: The folder holds no segmenter.
+        CheckpointError: The weights cannot be read, or do not fit.
+    """
+    found = _find(folder)
+    if found is None:
+        raise UserError(f"{folder} holds no segmenter: a folder that `train --task segment` wrote, or best/ in it.")
+    config = json.loads((found / "config.json").read_text())
+    del config["architecture"]
+    about = Segmenter(**config)
+    kwargs = dict(num_classes=len(about.classes), channels=about.channels)
+    network = upernet(about.backbone, weights=found / "model.safetensors", **kwargs, **about.backbone_kwargs)
+    return network.eval(), about
+
+
+def _find(folder: Path) -> Path | None:
+    for path in (folder, folder / "best"):
+        try:
+            if json.loads((path / "config.json").read_text()).get("architecture") == _ARCHITECTURE:
+                return path
+        except (OSError, ValueError, AttributeError):
+            continue
+    return None
