@@ -116,6 +116,9 @@ class UPerNet(nn.Module):
         num_classes: Of the logits.
         channels: Of the head.
         drop_rate: Dropout of whole channels before both classifiers.
+
+    Attributes:
+        keep_statistics: Train with BatchNorm's running statistics, not the batch's; False at first.
     """
 
     def __init__(self, backbone: nn.Module, num_classes: int, channels: int = 512, drop_rate: float = 0.1) -> None:
@@ -123,6 +126,7 @@ class UPerNet(nn.Module):
         widths = [info["num_chs"] for info in backbone.feature_info]
         self.backbone = backbone
         self.num_classes = num_classes
+        self.keep_statistics = False
         self.decode_head = UPerHead(widths, num_classes, channels, drop_rate)
         self.auxiliary_head = FCNHead(widths[2], num_classes, drop_rate)
         self.decode_head.apply(_init_head)
@@ -137,6 +141,26 @@ class UPerNet(nn.Module):
         maps = self.forward_features(x)
         logits = _resize(self.decode_head(maps), x.shape[2:])
         return (logits, _resize(self.auxiliary_head(maps[2]), x.shape[2:])) if self.training else logits
+
+    def train(self, mode: bool = True) -> "UPerNet":
+        """Training or evaluation mode; with `keep_statistics` BatchNorm stays on its running ones in both."""
+        super().train(mode)
+        if self.keep_statistics:
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Parameter groups for layer-wise learning rates: those of the backbone, then the heads."""
+        groups = self.backbone.group_matcher(coarse)
+        blocks = groups["blocks"]
+
+        def moved(pattern: str) -> str:
+            return pattern.replace("^", r"^backbone\.", 1)
+
+        moved_blocks = moved(blocks) if isinstance(blocks, str) else [(moved(p), value) for p, value in blocks]
+        return dict(stem=moved(groups["stem"]), blocks=moved_blocks)
 
     def get_classifier(self) -> nn.ModuleList:
         """The last layers of both heads, as timm calls what is new for other classes."""

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -198,9 +199,14 @@ def drawing_from(*numbers: int) -> Iterator[None]:
         torch.set_rng_state(before[2])
 
 
-def _collate(items: list) -> tuple[list[Tensor] | None, list[UserError]]:
+def collate_as_lists(items: list) -> list[list]:
+    """Items whose parts differ in size: a list for each part."""
+    return [list(part) for part in zip(*items, strict=True)]
+
+
+def _collate(join: Callable, items: list) -> tuple[list | None, list[UserError]]:
     readable = [item for item in items if not isinstance(item, UserError)]
-    return default_collate(readable) if readable else None, [item for item in items if isinstance(item, UserError)]
+    return join(readable) if readable else None, [item for item in items if isinstance(item, UserError)]
 
 
 def _start_worker(_: int) -> None:
@@ -211,9 +217,13 @@ def _start_worker(_: int) -> None:
 
 
 def make_loader(images: Dataset, batch_size: int, workers: int = 0, **kwargs) -> DataLoader:
-    """A loader whose batches `read_batches` takes; accelerate may prepare it. `kwargs` go to DataLoader."""
+    """A loader whose batches `read_batches` takes; accelerate may prepare it. `kwargs` go to DataLoader.
+
+    A dataset whose items cannot be stacked has a function `collate` of its own.
+    """
+    collate = partial(_collate, getattr(images, "collate", default_collate))
     return DataLoader(
-        images, batch_size, num_workers=workers, collate_fn=_collate, worker_init_fn=_start_worker, **kwargs
+        images, batch_size, num_workers=workers, collate_fn=collate, worker_init_fn=_start_worker, **kwargs
     )
 
 

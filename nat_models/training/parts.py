@@ -102,6 +102,8 @@ def prepare(settings: Settings, task: Task, accelerator: Accelerator, initial_we
     updates_per_epoch = math.ceil(len(train_loader) / settings.grad_accum)
     scheduler, epochs = create_scheduler_v2(
         optimizer,
+        sched=settings.sched,
+        decay_rate=1.0,  # the power of poly
         num_epochs=settings.epochs,
         warmup_epochs=settings.warmup_epochs,
         cooldown_epochs=settings.cooldown_epochs,

@@ -61,6 +61,7 @@ class Settings:
     global_batch_size: int | None = option(None, "images per update, over all processes and steps: sets grad_accum")
     auto_batch_size: bool = option(False, "halve batch_size, and double grad_accum, until a step fits in the memory")
     opt: str = option("adamw", "timm's name of the optimizer")
+    sched: str = option("cosine", "of the learning rate: cosine, or poly, a straight line")
     lr: float = option(5e-4, "peak learning rate, for the whole batch as it is: nothing is scaled")
     warmup_lr: float = option(1e-6, "learning rate of the first update")
     min_lr: float = option(1e-6, "learning rate at the end of the schedule")
@@ -103,6 +104,7 @@ class Settings:
             "batch_size": positive,
             "grad_accum": positive,
             "global_batch_size": positive,
+            "sched": (lambda x: x in ("cosine", "poly"), "be cosine or poly"),
             "lr": (lambda x: x > 0, "be above 0"),
             "clip_grad": (lambda x: x is None or x > 0, "be above 0"),
             "ema_decay": (lambda x: x is None or 0 < x < 1, "lie between 0 and 1"),

@@ -22,13 +22,14 @@ from torchmetrics.classification import (
 )
 
 from ...checkpoints.saving import save_model
-from ...errors import UserError, unknown
+from ...errors import UserError
 from ..cards import Facts, model_card, recipe_of
 from ..images import ImageSet
 from ..models import began_from, make_model
 from ..settings import Settings, option
 from ..splits import Part, drop_unreadable, read_data
 from ..tables import Columns
+from ..weighting import class_weights
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Classification:
             (f"{kind} (training: augmented, smoothed)", ("train_loss", "val_loss")),
             ("percent", names),
         )
-        self.class_weights = class_weights(settings.class_weights, self.train, self.classes)
+        self.class_weights = class_weights(settings.class_weights, _counts(self.train), len(self.train), self.classes)
         self.draws = equal_draws(self.train) if settings.sampler == "balanced" else None
         self.mixup = None
         if settings.mixup or settings.cutmix:
@@ -241,31 +242,6 @@ class _MultiHot(Sequence):
 def _counts(part: Part) -> Counter:
     """How many images have each label."""
     return Counter(label for target in part.targets for label in (target if isinstance(target, tuple) else (target,)))
-
-
-def class_weights(setting: str | None, train: Part, names: Sequence[str]) -> Tensor | None:
-    """A weight per class; "balanced" ones have a mean of 1 over the training images.
-
-    Raises:
-        UserError: The setting is neither "balanced" nor a list of classes and weights.
-    """
-    if setting is None:
-        return None
-    if setting == "balanced":
-        counts = _counts(train)
-        return torch.tensor([len(train) / (len(names) * max(1, counts[i])) for i in range(len(names))])
-    weights = torch.ones(len(names))
-    for pair in setting.split(","):
-        name, _, weight = pair.partition("=")
-        if name.strip() not in names:
-            raise unknown("class in class_weights", name.strip(), names)
-        try:
-            weights[list(names).index(name.strip())] = float(weight)
-        except ValueError:
-            raise UserError(f"class_weights must be balanced, or as in cat=2,dog=0.5; got {setting!r}.") from None
-    if not (torch.isfinite(weights) & (weights >= 0)).all():
-        raise UserError(f"class_weights must be at least 0, got {setting!r}.")
-    return weights
 
 
 def equal_draws(train: Part) -> list[float]:

@@ -1,5 +1,7 @@
 """Promises of classification: weights, draws, metrics, several labels."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -8,25 +10,21 @@ from sklearn.metrics import average_precision_score, f1_score, precision_score, 
 
 from nat_models.errors import UserError
 from nat_models.training.splits import Part
-from nat_models.training.tasks.classification import (
-    Classification,
-    ClassificationMetrics,
-    class_weights,
-    equal_draws,
-)
+from nat_models.training.tasks.classification import Classification, ClassificationMetrics, equal_draws
+from nat_models.training.weighting import class_weights
 from tests.training.conftest import make_settings
 
 PART = Part(["image"] * 6, [0, 0, 0, 1, 1, 2])
 
 
 def test_balanced_weights_are_inverse_to_the_counts_and_one_on_average():
-    weights = class_weights("balanced", PART, ["a", "b", "c"])
+    weights = class_weights("balanced", Counter(PART.targets), len(PART), ["a", "b", "c"])
     torch.testing.assert_close(weights, torch.tensor([2 / 3, 1.0, 2.0]))
     assert weights[PART.targets].mean() == pytest.approx(1)
 
 
 def test_weights_by_name_leave_the_others_at_one():
-    assert class_weights("c=3, a=0.5", PART, ["a", "b", "c"]).tolist() == [0.5, 1.0, 3.0]
+    assert class_weights("c=3, a=0.5", {}, 0, ["a", "b", "c"]).tolist() == [0.5, 1.0, 3.0]
 
 
 @pytest.mark.parametrize(
@@ -39,7 +37,7 @@ def test_weights_by_name_leave_the_others_at_one():
 )
 def test_wrong_weights_are_errors(setting, message):
     with pytest.raises(UserError, match=message):
-        class_weights(setting, PART, ["a", "b", "c"])
+        class_weights(setting, {}, 0, ["a", "b", "c"])
 
 
 def test_equal_draws_give_each_class_the_same_share():

@@ -1,0 +1,206 @@
+"""Semantic segmentation: a class for each pixel, by UPerNet."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from ...errors import UserError
+from ..cards import Facts, model_card, recipe_of
+from ..masks import MaskSet, make_augmentation, make_evaluation, read_mask_data
+from ..models import resolve_name
+from ..segmenters import Segmenter, save_segmenter
+from ..settings import Settings, option
+
+IGNORED = 255
+_LISTED = 30  # classes whose IoU is told epoch by epoch
+
+
+@dataclass(frozen=True)
+class SegmentationSettings(Settings):
+    """The engine's settings, and those of segmentation alone."""
+
+    channels: int = option(512, "of the head; 512 in the published systems")
+    weights: str | None = option(None, "start from this UPerNet, mmsegmentation's, transformers' or ours")
+    classes: str | None = option(None, "a file that names the values of masks; none: classes.json of the data")
+    reduce_zero_label: bool = option(False, "0 is ignored and the others move down by one, as in ADE20K")
+    mask_values: str | None = option(None, "values that mean another one, as in 255:1")
+    group: str | None = option(None, "a regular expression; images of one match stay in one part")
+    crop_size: int = option(512, "side of the square that training sees")
+    short_side: int | None = option(512, "to which images are resized; none: left as they are")
+    long_side: int | None = option(2048, "at most, for images that are much longer than high")
+    resize: tuple[float, ...] = option((0.5, 2.0), "least and greatest factor on that size in training")
+    cat_max_ratio: float = option(0.75, "a crop of one class above this part is drawn again")
+    hflip: float = option(0.5, "probability of a mirror image")
+    photometric: bool = option(True, "distort brightness, contrast, saturation and hue")
+    augment: bool = option(True, "off: training images are resized and cropped at random alone")
+    loss: str = option("cross_entropy", "cross_entropy, focal or dice, or several joined by +")
+    loss_mean: str = option("all", "pixels that the mean is over: all, as the paper's, or labelled")
+    auxiliary_weight: float = option(0.4, "of the auxiliary head's loss")
+    class_weights: str | None = option(None, "balanced, or road=2,sky=0.5; of cross_entropy and focal")
+    batch_norm: str = option("batch", "statistics in training: batch, running, or frozen (nothing of it is trained)")
+
+    @classmethod
+    def rules(cls) -> dict:
+        positive = (lambda x: x is None or x >= 1, "be at least 1")
+        kinds = ("cross_entropy", "focal", "dice")
+        return super().rules() | {
+            "in_chans": (lambda x: x is None or 1 <= x <= 16, "be from 1 to 16"),
+            "channels": positive,
+            "crop_size": (lambda x: x >= 32, "be at least 32"),
+            "short_side": positive,
+            "long_side": positive,
+            "resize": (lambda x: len(x) == 2 and 0 < x[0] <= x[1], "be two values, the lesser first"),
+            "cat_max_ratio": (lambda x: 0 < x <= 1, "be above 0 and at most 1"),
+            "hflip": (lambda x: 0 <= x <= 1, "lie between 0 and 1"),
+            "loss": (
+                lambda x: len(set(x.split("+"))) == len(x.split("+")) and set(x.split("+")) <= set(kinds),
+                f"be one or more of {', '.join(kinds)}, joined by +",
+            ),
+            "loss_mean": (lambda x: x in ("all", "labelled"), "be all or labelled"),
+            "auxiliary_weight": (lambda x: x >= 0, "be at least 0"),
+            "batch_norm": (lambda x: x in ("batch", "running", "frozen"), "be batch, running or frozen"),
+        }
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.batch_norm == "batch" and self.batch_size == 1:
+            raise UserError(
+                "BatchNorm has no statistics of one image, and grad_accum does not enlarge its batch: set batch_size to 2 "
+                "or more, or batch_norm to running or frozen."
+            )
+        if self.loss_mean == "labelled" and self.loss == "dice":
+            raise UserError("loss_mean is of cross_entropy and focal; dice is over labelled pixels as it is.")
+
+
+class Segmentation:
+    """The task of naming the class of each pixel; see Task for what its parts are.
+
+    Raises:
+        UserError: The data cannot be taken for images and masks, or a setting does not fit them.
+    """
+
+    Settings = SegmentationSettings
+    metric = "miou"
+
+    def __init__(self, settings: SegmentationSettings) -> None:
+        self.settings = s = settings
+        self.data = read_mask_data(
+            Path(s.data),
+            val_fraction=s.val_fraction,
+            seed=s.seed,
+            exclude=[Path(s.output)],
+            classes=s.classes,
+            reduce_zero_label=s.reduce_zero_label,
+            mask_values=s.mask_values,
+            group=s.group,
+            verify=s.verify,
+        )
+        self.classes, self.digest = list(self.data.names), self.data.digest()
+        self.train, self.val = self.data.parts["train"], self.data.parts["val"]
+        self.sizes = len(self.train.images), len(self.val.images)
+        self.notes = list(self.data.notes)
+        self.about = f"{len(self.classes)} classes"
+        per_class = [f"iou {name}" for name in self.classes] if len(self.classes) <= _LISTED else []
+        figures = ("miou", "mean_accuracy", "pixel_accuracy")
+        self.figures = {"val_loss": False, **dict.fromkeys((*figures, *per_class), True)}
+        self.panels = (("loss", ("train_loss", "val_loss")), ("percent", figures))
+        self.draws = None
+        self.class_weights = None
+        self.data_config: dict = {}
+
+    def make_network(self, initial_weights: bool) -> nn.Module:
+        s, about = self.settings, self.about_network
+        kwargs = dict(num_classes=len(self.classes), channels=about.channels, **about.backbone_kwargs)
+        if initial_weights and s.checkpoint is not None:
+            kwargs |= dict(pretrained=True, pretrained_cfg_overlay=dict(file=s.checkpoint, source=""))
+        elif initial_weights:
+            kwargs["pretrained"] = s.pretrained
+        network = upernet(about.backbone, weights=s.weights if initial_weights else None, **kwargs)
+        if dist.is_available() and dist.is_initialized() and torch.cuda.is_available():
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        network.keep_statistics = s.batch_norm != "batch"
+        for module in network.modules() if s.batch_norm == "frozen" else ():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.requires_grad_(False)
+        return network
+
+    def make_datasets(self, network: nn.Module) -> tuple[MaskSet, MaskSet]:
+        raise NotImplementedError
+
+    def losses(self, model: nn.Module, batch: list[Tensor]) -> dict[str, Tensor]:
+        images, labels = batch
+        s = self.settings
+        logits, auxiliary = model(images)
+        given = dict(labels=labels, mean=s.loss_mean, weights=self.class_weights)
+        kinds = s.loss.split("+")
+        losses = {kind: pixel_loss(kind, logits, **given) for kind in kinds}
+        if s.auxiliary_weight:
+            losses |= {f"auxiliary_{kind}": s.auxiliary_weight * pixel_loss(kind, auxiliary, **given) for kind in kinds}
+        return losses
+
+    def predict(self, model: nn.Module, batch: list[list[Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """For each image its label map [H, W], of its own size, and its loss."""
+        found = []
+        for image, labels in zip(*batch, strict=True):
+            logits = model(image[None]).float()
+            logits = F.interpolate(logits, labels.shape, mode="bilinear", align_corners=False)
+            loss = pixel_loss("cross_entropy", logits, labels[None], self.settings.loss_mean)
+            found.append((logits[0].argmax(0), loss))
+        return found
+
+    def make_metrics(self) -> "SegmentationMetrics":
+        return SegmentationMetrics(self.classes)
+
+    def save(self, network: nn.Module, folder: Path, rows: Sequence[dict]) -> None:
+        save_segmenter(network, folder, self.about_network)
+        s, data = self.settings, Path(self.settings.data).name
+        facts = Facts(
+            title=f"UPerNet with {s.model}, trained on {data}",
+            about="Trained with [nat_models](https://arxiv.org/abs/2204.07143): "
+            f"{self.about}, {self.sizes[0]:,} training and {self.sizes[1]:,} validation images.",
+            figures={name: x for name, x in (rows[-1] if rows else {}).items() if name in self.figures and x == x},
+            figures_of=f"Of the validation images, after epoch {len(rows)} of {s.epochs}; percent, but for val_loss.",
+            recipe=recipe_of(s),
+            digest=self.digest,
+        )
+        facts.write(folder)
+
+
+class SegmentationMetrics(nn.Module):
+    """Figures from one confusion matrix of all pixels, in percent; ignored pixels count nowhere.
+
+    miou is the mean intersection over union of the classes that are there, in labels or predictions; mean_accuracy the
+    mean part of a class's pixels that is right, pixel_accuracy that of all pixels. val_loss is a mean over images.
+    """
+
+    def __init__(self, classes: Sequence[str]):
+        super().__init__()
+        self.classes, self.loss = list(classes), MeanMetric()
+        self.confusion = MulticlassConfusionMatrix(len(classes), ignore_index=IGNORED)
+
+    def update(self, predictions: Sequence[tuple[Tensor, Tensor]], batch: Sequence[Sequence[Tensor]]) -> None:
+        for (labels, loss), true in zip(predictions, batch[1], strict=True):
+            self.confusion.update(labels[None], true[None])
+            self.loss.update(loss)
+
+    def compute(self) -> dict[str, float]:
+        matrix = self.confusion.compute().double()
+        right, true, predicted = matrix.diag(), matrix.sum(1), matrix.sum(0)
+        union = true + predicted - right
+        iou, accuracy = 100 * right / union, 100 * right / true
+        figures = dict(
+            val_loss=self.loss.compute().item(),
+            miou=iou[union > 0].mean().item(),
+            mean_accuracy=accuracy[true > 0].mean().item(),
+            pixel_accuracy=(100 * right.sum() / matrix.sum()).item(),
+        )
+        if len(self.classes) > _LISTED:
+            return figures
+        # Of a class that is in neither labels nor predictions there is nothing to say.
+        return figures | {f"iou {name}": value for name, value in zip(self.classes, iou.tolist(), strict=True)}
