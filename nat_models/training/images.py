@@ -1,5 +1,6 @@
 """Images: which files are some, how they are read in batches, and what becomes of one that cannot be."""
 
+import functools
 import hashlib
 import json
 import os
@@ -9,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ __all__ = ["Encoded", "ImageFile", "ImageSet", "check_images", "decode", "list_i
 _JUNK = {"thumbs.db", "desktop.ini"}
 
 
-def scan(folder: Path, exclude: Iterable[Path] = ()) -> tuple[list[ImageFile], Counter]:
+def scan(
+    folder: Path, exclude: Iterable[Path] = (), kinds: frozenset[str] | None = None
+) -> tuple[list[ImageFile], Counter]:
     """All images below a folder, ordered by their path alone, and what else lies there, counted by kind.
 
     Hidden files and folders, __MACOSX, and whatever a run wrote are no data.
@@ -34,6 +36,7 @@ def scan(folder: Path, exclude: Iterable[Path] = ()) -> tuple[list[ImageFile], C
     Args:
         folder: Links in it are followed, but never into a folder that they came from.
         exclude: Folders that are passed over.
+        kinds: The endings, in lower case, of what is an image here; None takes what `decode` reads.
 
     Raises:
         UserError: There is no such folder, or it cannot be read.
@@ -42,6 +45,7 @@ def scan(folder: Path, exclude: Iterable[Path] = ()) -> tuple[list[ImageFile], C
         raise UserError(f"There is no folder {folder}.")
     images, passed_over = [], Counter()
     excluded = {path.resolve() for path in exclude}
+    kinds = suffixes() if kinds is None else kinds
 
     def visit(path: str, prefix: str, above: frozenset) -> None:
         try:
@@ -63,7 +67,7 @@ def scan(folder: Path, exclude: Iterable[Path] = ()) -> tuple[list[ImageFile], C
                     visit(entry.path, f"{prefix}{name}/", above | {identity})
             elif name.startswith(".") or name.lower() in _JUNK:
                 passed_over["hidden"] += 1
-            elif (suffix := os.path.splitext(name)[1].lower()) in suffixes():
+            elif (suffix := os.path.splitext(name)[1].lower()) in kinds:
                 images.append(ImageFile(prefix + name, entry.path))
             else:
                 passed_over[suffix or "without a suffix"] += 1
@@ -130,17 +134,58 @@ def check_images(images: Sequence[Encoded], full: bool = False) -> dict[int, Use
     return found
 
 
-class ImageSet(Dataset):
-    """(image, target) of listed images. An unreadable one is an error that names it, where timm's ImageDataset would
-    hand out its neighbour instead: a score over stand-ins is wrong.
+class Items(Dataset):
+    """What a data set of images has in common with others: items by number or by (epoch, number), errors as values.
+
+    An unreadable image is an error that names it, where timm's ImageDataset would hand out its neighbour instead: a
+    score over stand-ins is wrong.
+
+    Args:
+        size: Number of items.
+        seed: Of an item that is asked for as (epoch, index): what `read` draws depends on these three numbers alone,
+            whichever process reads it and whatever was read before.
+    """
+
+    collate: Callable[[list], list] = staticmethod(default_collate)  # makes a batch of items
+
+    def __init__(self, size: int, seed: int):
+        self.size, self.seed = size, seed
+
+    def read(self, index: int) -> tuple:
+        """The item."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple:
+        if not isinstance(index, tuple):
+            return self.read(index)
+        with drawing_from(self.seed, *index):
+            return self.read(index[1])
+
+    def __getitems__(self, indices: Sequence) -> list[tuple | UserError]:
+        """What a DataLoader makes a batch of. An error is a value here: a DataLoader would raise another one in the
+        main process, with the traceback of its worker for a message."""
+
+        def read(index) -> tuple | UserError:
+            try:
+                return self[index]
+            except UserError as e:
+                return e
+
+        return [read(index) for index in indices]
+
+
+class ImageSet(Items):
+    """(image, target) of listed images.
 
     Args:
         images: Where the images are.
         targets: What is learnt of each; None gives the image's index.
         in_chans: 1 decodes to grey, 3 to RGB.
         transform: Takes the decoded image.
-        seed: Of an item that is asked for as (epoch, index): its transform draws from these three numbers alone,
-            whichever process reads it and whatever was read before.
+        seed: As for Items, of what the transform draws.
         background: What is seen through transparent pixels.
     """
 
@@ -154,33 +199,13 @@ class ImageSet(Dataset):
         seed: int = 0,
         background: tuple[int, int, int] = WHITE,
     ):
+        super().__init__(len(images), seed)
         self.images, self.targets, self.in_chans, self.transform = images, targets, in_chans, transform
-        self.seed, self.background = seed, background
+        self.background = background
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, Any]:
-        epoch, index = index if isinstance(index, tuple) else (None, index)
-        image = decode(self.images[index], self.in_chans, self.background)
-        if epoch is None:
-            image = self.transform(image)
-        else:
-            with drawing_from(self.seed, epoch, index):
-                image = self.transform(image)
+    def read(self, index: int) -> tuple[Tensor, Any]:
+        image = self.transform(decode(self.images[index], self.in_chans, self.background))
         return image, index if self.targets is None else self.targets[index]
-
-    def __getitems__(self, indices: Sequence) -> list[tuple[Tensor, Any] | UserError]:
-        """What a DataLoader makes a batch of. An error is a value here: a DataLoader would raise another one in the
-        main process, with the traceback of its worker for a message."""
-
-        def read(index) -> tuple[Tensor, Any] | UserError:
-            try:
-                return self[index]
-            except UserError as e:
-                return e
-
-        return [read(index) for index in indices]
 
 
 @contextmanager
@@ -199,14 +224,9 @@ def drawing_from(*numbers: int) -> Iterator[None]:
         torch.set_rng_state(before[2])
 
 
-def collate_as_lists(items: list) -> list[list]:
-    """Items whose parts differ in size: a list for each part."""
-    return [list(part) for part in zip(*items, strict=True)]
-
-
-def _collate(join: Callable, items: list) -> tuple[list | None, list[UserError]]:
+def _collate(items: list, collate: Callable[[list], list]) -> tuple[list | None, list[UserError]]:
     readable = [item for item in items if not isinstance(item, UserError)]
-    return join(readable) if readable else None, [item for item in items if isinstance(item, UserError)]
+    return collate(readable) if readable else None, [item for item in items if isinstance(item, UserError)]
 
 
 def _start_worker(_: int) -> None:
@@ -217,11 +237,8 @@ def _start_worker(_: int) -> None:
 
 
 def make_loader(images: Dataset, batch_size: int, workers: int = 0, **kwargs) -> DataLoader:
-    """A loader whose batches `read_batches` takes; accelerate may prepare it. `kwargs` go to DataLoader.
-
-    A dataset whose items cannot be stacked has a function `collate` of its own.
-    """
-    collate = partial(_collate, getattr(images, "collate", default_collate))
+    """A loader whose batches `read_batches` takes; accelerate may prepare it. `kwargs` go to DataLoader."""
+    collate = functools.partial(_collate, collate=getattr(images, "collate", default_collate))
     return DataLoader(
         images, batch_size, num_workers=workers, collate_fn=collate, worker_init_fn=_start_worker, **kwargs
     )

@@ -183,7 +183,7 @@ def read_data(
         raise UserError(
             f"{source} must hold at least 2 classes and an image to validate on, found the classes {list(names)}."
         )
-    notes += _say_near(names)
+    notes += say_near(names)
     data = Data(list(names), {}, listing.multi_label, notes)
     for part, items in parts.items():
         targets = [tuple(known[x] for x in labels) if listing.multi_label else known[labels[0]] for _, labels in items]
@@ -259,7 +259,7 @@ def _hold_out(items: list, fraction: float, seed: int, multi_label: bool) -> tup
     return train, val
 
 
-def _say_near(names: Sequence[str]) -> list[str]:
+def say_near(names: Sequence[str]) -> list[str]:
     """Notes on classes that differ in capitals or blanks only, which is more often a mistake than meant."""
     by_plain: dict[str, list[str]] = {}
     for name in names:
