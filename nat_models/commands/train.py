@@ -1,11 +1,13 @@
-"""Fine-tunes or trains a timm model on your images.
+"""Fine-tunes or trains a network on your images.
 
     nat-models train --data DIR --config finetune [flags, which win over the YAML file]
+    nat-models train --task segment --data DIR --config segment_small
 
-DIR holds train/ and val/, each with a folder per class, or it is one tree with a folder per class, of which
---val-fraction is held out. The output folder gets:
+To classify, DIR holds train/ and val/, each with a folder per class, or it is one tree with a folder per class, of
+which --val-fraction is held out; to segment, images/ and masks/ with files of one name. The output folder gets:
 
-    best/, last/            timm folders: timm.create_model("local-dir:output/best", pretrained=True)
+    best/, last/            weights: timm.create_model("local-dir:output/best", pretrained=True) of a classifier,
+                            nat_models.training.segmenters.load_segmenter of a segmenter
     summary.csv, curve.png  the course, epoch by epoch
     config.yaml             the settings as they were resolved
     state/                  what --resume needs
@@ -19,15 +21,16 @@ import argparse
 from ..training import settings
 from ..training.engine import train
 from ..training.tasks.classification import Classification
+from ..training.tasks.segmentation import Segmentation
 from ..training.tuning import find_lr
 
-TASKS = {"classify": Classification}
+TASKS = {"classify": Classification, "segment": Segmentation}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=TASKS, default="classify", help="what is learnt")
     parser.add_argument("--find-lr", action="store_true", help="train nothing; draw the loss over the learning rate")
-    settings.add_flags(parser, Classification.Settings)
+    settings.add_flags(parser, *(task.Settings for task in TASKS.values()))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -163,8 +163,8 @@ class UPerNet(nn.Module):
         return dict(stem=moved(groups["stem"]), blocks=moved_blocks)
 
     def get_classifier(self) -> nn.ModuleList:
-        """The last layers of both heads, as timm calls what is new for other classes."""
-        return nn.ModuleList([self.decode_head.conv_seg, self.auxiliary_head.conv_seg])
+        """Both heads: all that is not the backbone."""
+        return nn.ModuleList([self.decode_head, self.auxiliary_head])
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that the paper's recipe does not decay besides norms: rpb."""

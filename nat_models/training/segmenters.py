@@ -40,6 +40,13 @@ class Segmenter:
     short_side: int | None = None
     long_side: int | None = None
 
+    @property
+    def scale(self) -> tuple[int, int] | None:
+        """Long and short side of the box that images are fitted into for a test; None leaves them as they are."""
+        if self.short_side is None:
+            return None
+        return (1_000_000 if self.long_side is None else self.long_side), self.short_side
+
     def make_network(self) -> UPerNet:
         """The network, with random weights."""
         kwargs = dict(num_classes=len(self.classes), channels=self.channels)

@@ -184,6 +184,9 @@ def read_yaml(path: Path, schema: type[Settings] = Settings) -> dict:
     return inherited | values
 
 
+_ARGUMENTS = {"config", "resume", "extend_epochs", "accept_versions", "task", "find_lr", "command"}
+
+
 def find_recipe(name: str) -> Path:
     """The YAML file that --config means: a path to one, or the bare name of a recipe."""
     path = Path(name)
@@ -195,16 +198,19 @@ def find_recipe(name: str) -> Path:
     return recipes[name]
 
 
-def add_flags(parser: argparse.ArgumentParser, schema: type[Settings] = Settings) -> None:
-    """A flag for every setting, and --config, --resume and its companions."""
+def add_flags(parser: argparse.ArgumentParser, *schemas: type[Settings]) -> None:
+    """A flag for every setting of any of the schemas, and --config, --resume and its companions."""
     parser.add_argument("--config", metavar="NAME", help="a recipe (finetune), or a YAML file of settings")
     parser.add_argument("--resume", action="store_true", help="continue the run in --output, or start it")
     parser.add_argument("--extend-epochs", type=int, metavar="N", help="with --resume: make the run N epochs long")
     parser.add_argument(
         "--accept-versions", action="store_true", help="with --resume: go on with other versions of what it runs on"
     )
-    wanted = typing.get_type_hints(schema)
-    for f in fields(schema):
+    wanted, known = {}, {}
+    for schema in reversed(schemas):  # of settings of one name, the first schema's is shown
+        wanted |= typing.get_type_hints(schema)
+        known |= {f.name: f for f in fields(schema)}
+    for f in known.values():
         kwargs = dict(default=argparse.SUPPRESS, help=f.metadata["help"])
         if f.default not in (MISSING, None, ""):
             kwargs["help"] += f" ({f.default})"
@@ -233,8 +239,16 @@ class Resume:
 
 
 def from_flags(args: argparse.Namespace, schema: type[Settings] = Settings) -> tuple[Settings, Resume]:
-    """Settings from defaults, then config.yaml of the run to resume, then --config, then flags; and --resume itself."""
-    flags = {name: value for name, value in vars(args).items() if name in {f.name for f in fields(schema)}}
+    """Settings from defaults, then config.yaml of the run to resume, then --config, then flags; and --resume itself.
+
+    Raises:
+        UserError: A value is wrong, or a flag is of another schema.
+    """
+    known = {f.name for f in fields(schema)}
+    given = {name: value for name, value in vars(args).items() if name not in _ARGUMENTS}
+    if foreign := [name for name in given if name not in known]:
+        raise UserError(f"--{foreign[0].replace('_', '-')} is not of this task: its settings have no {foreign[0]}.")
+    flags = given
     resume = Resume(args.resume, args.extend_epochs, args.accept_versions)
     if not resume and (resume.extend_epochs is not None or resume.accept_versions):
         raise UserError("--extend-epochs and --accept-versions go with --resume.")

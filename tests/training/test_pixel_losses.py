@@ -32,7 +32,7 @@ def test_dice_is_one_minus_the_overlap_of_the_classes_that_are_there():
     p, labelled = LOGITS.softmax(1), LABELS != 255
     overlaps = []
     for i in range(3):  # class 3 is nowhere
-        true, found = (LABELS == i)[labelled].float(), p[:, i][labelled]
+        true, found = (i == LABELS)[labelled].float(), p[:, i][labelled]
         overlaps.append(2 * (true * found).sum() / (true.sum() + found.sum()))
     torch.testing.assert_close(pixel_loss("dice", LOGITS, LABELS), 1 - torch.stack(overlaps).mean())
     perfect = 50 * F.one_hot(LABELS.masked_fill(LABELS == 255, 3), 4).movedim(-1, 1).float()

@@ -5,19 +5,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ...errors import UserError
-from ..cards import Facts, model_card, recipe_of
-from ..masks import MaskSet, make_augmentation, make_evaluation, read_mask_data
-from ..models import resolve_name
+from ...networks.upernet import upernet
+from ..cards import Facts, recipe_of
+from ..mask_sets import IMAGENET_MEAN, IMAGENET_STD, MaskSet, band_statistics, make_augmentation, make_evaluation
+from ..masks import histogram, read_mask_data
+from ..pixel_losses import IGNORED, LOSSES, pixel_loss
 from ..segmenters import Segmenter, save_segmenter
 from ..settings import Settings, option
+from ..weighting import class_weights
 
-IGNORED = 255
 _LISTED = 30  # classes whose IoU is told epoch by epoch
 
 
@@ -48,7 +51,6 @@ class SegmentationSettings(Settings):
     @classmethod
     def rules(cls) -> dict:
         positive = (lambda x: x is None or x >= 1, "be at least 1")
-        kinds = ("cross_entropy", "focal", "dice")
         return super().rules() | {
             "in_chans": (lambda x: x is None or 1 <= x <= 16, "be from 1 to 16"),
             "channels": positive,
@@ -59,8 +61,8 @@ class SegmentationSettings(Settings):
             "cat_max_ratio": (lambda x: 0 < x <= 1, "be above 0 and at most 1"),
             "hflip": (lambda x: 0 <= x <= 1, "lie between 0 and 1"),
             "loss": (
-                lambda x: len(set(x.split("+"))) == len(x.split("+")) and set(x.split("+")) <= set(kinds),
-                f"be one or more of {', '.join(kinds)}, joined by +",
+                lambda x: len(set(x.split("+"))) == len(x.split("+")) and set(x.split("+")) <= set(LOSSES),
+                f"be one or more of {', '.join(LOSSES)}, joined by +",
             ),
             "loss_mean": (lambda x: x in ("all", "labelled"), "be all or labelled"),
             "auxiliary_weight": (lambda x: x >= 0, "be at least 0"),
@@ -71,8 +73,8 @@ class SegmentationSettings(Settings):
         super().__post_init__()
         if self.batch_norm == "batch" and self.batch_size == 1:
             raise UserError(
-                "BatchNorm has no statistics of one image, and grad_accum does not enlarge its batch: set batch_size to 2 "
-                "or more, or batch_norm to running or frozen."
+                "BatchNorm has no statistics of one image, and grad_accum does not enlarge its batch: set batch_size "
+                "to 2 or more, or batch_norm to running or frozen."
             )
         if self.loss_mean == "labelled" and self.loss == "dice":
             raise UserError("loss_mean is of cross_entropy and focal; dice is over labelled pixels as it is.")
@@ -104,15 +106,46 @@ class Segmentation:
         self.classes, self.digest = list(self.data.names), self.data.digest()
         self.train, self.val = self.data.parts["train"], self.data.parts["val"]
         self.sizes = len(self.train.images), len(self.val.images)
-        self.notes = list(self.data.notes)
+        counts = histogram(self.data)
+        self.notes = [*self.data.notes, counts.summary("train"), counts.summary("val")]
+        if not sum(counts.pixels["val"]):
+            raise UserError("No pixel of the validation masks is labelled: nothing could be measured.")
         self.about = f"{len(self.classes)} classes"
         per_class = [f"iou {name}" for name in self.classes] if len(self.classes) <= _LISTED else []
         figures = ("miou", "mean_accuracy", "pixel_accuracy")
         self.figures = {"val_loss": False, **dict.fromkeys((*figures, *per_class), True)}
         self.panels = (("loss", ("train_loss", "val_loss")), ("percent", figures))
         self.draws = None
-        self.class_weights = None
-        self.data_config: dict = {}
+        pixels = dict(enumerate(counts.pixels["train"]))
+        self.class_weights = class_weights(s.class_weights, pixels, sum(pixels.values()), self.classes)
+        self.about_network = self._describe()
+        sides = (about := self.about_network).backbone_kwargs["in_chans"], s.crop_size, s.crop_size
+        self.data_config = dict(input_size=sides, mean=about.mean, std=about.std)
+
+    def _describe(self) -> Segmenter:
+        """What the saved folder will say of the network."""
+        s = self.settings
+        in_chans = 3 if s.in_chans is None else s.in_chans
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if in_chans == 3 else (None, None)
+        if s.mean is None or s.std is None:
+            if mean is None:
+                mean, std = band_statistics(self.train.images, in_chans)
+        else:
+            mean, std = s.mean, s.std
+        kwargs = dict(s.model_kwargs, in_chans=in_chans)
+        if s.drop_path is not None:
+            kwargs["drop_path_rate"] = s.drop_path
+        return Segmenter(
+            backbone=s.model,
+            backbone_kwargs=kwargs,
+            channels=s.channels,
+            classes=self.classes,
+            colours=[list(colour) for colour in self.data.colours],
+            mean=list(mean),
+            std=list(std),
+            short_side=s.short_side,
+            long_side=s.long_side,
+        )
 
     def make_network(self, initial_weights: bool) -> nn.Module:
         s, about = self.settings, self.about_network
@@ -131,7 +164,17 @@ class Segmentation:
         return network
 
     def make_datasets(self, network: nn.Module) -> tuple[MaskSet, MaskSet]:
-        raise NotImplementedError
+        s, about = self.settings, self.about_network
+        in_chans = about.backbone_kwargs["in_chans"]
+        common = dict(in_chans=in_chans, mean=about.mean, std=about.std, scale=about.scale)
+        drawn = dict(ratio_range=s.resize, hflip=s.hflip, distort=s.photometric)
+        if not s.augment:
+            drawn = dict(ratio_range=(1.0, 1.0), hflip=0.0, distort=False)
+        augmentation = make_augmentation(s.crop_size, **common, **drawn, cat_max_ratio=s.cat_max_ratio)
+        return (
+            MaskSet(self.train, self.data.reading, in_chans, augmentation, seed=s.seed),
+            MaskSet(self.val, self.data.reading, in_chans, make_evaluation(**common)),
+        )
 
     def losses(self, model: nn.Module, batch: list[Tensor]) -> dict[str, Tensor]:
         images, labels = batch
@@ -147,7 +190,7 @@ class Segmentation:
     def predict(self, model: nn.Module, batch: list[list[Tensor]]) -> list[tuple[Tensor, Tensor]]:
         """For each image its label map [H, W], of its own size, and its loss."""
         found = []
-        for image, labels in zip(*batch, strict=True):
+        for image, labels in zip(*batch, strict=True):  # one at a time: their sizes differ
             logits = model(image[None]).float()
             logits = F.interpolate(logits, labels.shape, mode="bilinear", align_corners=False)
             loss = pixel_loss("cross_entropy", logits, labels[None], self.settings.loss_mean)
