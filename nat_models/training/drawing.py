@@ -1,16 +1,20 @@
-"""Pictures of results: confusion matrices, reliability, sheets of images, where a token looks."""
+"""Pictures of results: confusion matrices, reliability, sheets of images, classes of pixels, where a token looks."""
 
 import io
 from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
-from PIL.Image import Image
+from matplotlib.patches import Patch
+from PIL.Image import Image, Resampling, fromarray
 
 from .decoding import Encoded, decode
 
 LARGEST_MATRIX = 50  # classes; of more, those that are confused most
 _THUMBNAIL = 160  # pixels
+_PANEL = 400  # pixels of a picture with its classes
+_STRIPE = 5  # pixels
+_LEGEND = 40  # classes; of more, those that cover most
 _PLAIN = dict(parse_math=False)  # names of classes are no formulas, whatever signs they hold
 
 
@@ -75,6 +79,79 @@ def draw_sheet(images: Sequence[tuple[Encoded, str]], title: str, columns: int =
         axes.imshow(picture)
         axes.set_title(caption, fontsize=7, **_PLAIN)
     figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def overlay(
+    picture: np.ndarray, labels: np.ndarray, colours: Sequence[tuple[int, int, int]], strength: float = 0.6
+) -> np.ndarray:
+    """A picture with the colours of its classes laid over it; ignored pixels are striped in white.
+
+    Args:
+        picture: [H, W, 3] uint8.
+        labels: [H, W] of class indices; what is no index into `colours`, such as 255, is ignored.
+        colours: (red, green, blue) of each class.
+        strength: Of the colours, from 0 to 1.
+
+    Returns:
+        [H, W, 3] uint8.
+    """
+    table = np.zeros((len(colours) + 1, 3), np.float32)
+    table[:-1] = colours
+    known = (labels >= 0) & (labels < len(colours))
+    laid = table[np.where(known, labels, len(colours))]
+    row, column = np.indices(labels.shape, sparse=True)
+    laid = np.where((~known & ((row + column) // _STRIPE % 2 == 0))[..., None], np.float32(255), laid)
+    return (picture * (1 - strength) + laid * strength).round().astype(np.uint8)
+
+
+def draw_truth(
+    pictures: Sequence[np.ndarray],
+    labels: Sequence[np.ndarray | None],
+    colours: Sequence[tuple[int, int, int]],
+    names: Sequence[str],
+    *,
+    captions: Sequence[str] = (),
+    columns: int = 4,
+    title: str = "",
+) -> Figure:
+    """A sheet of pictures with the classes of their pixels, true or predicted, and a legend of those that are there.
+
+    Args:
+        pictures: Each [H, W, 3] uint8.
+        labels: For each [H, W] of class indices, 255 for ignored; None shows the picture alone.
+        colours: (red, green, blue) of each class.
+        names: Of the classes.
+        captions: Of the pictures, in their order; those that are left out are empty.
+        columns: Pictures in a row.
+        title: Of the sheet.
+    """
+    rows = max(1, -(-len(pictures) // columns))
+    figure = Figure(figsize=(2.6 * columns, 0.8 + 2.6 * rows), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in grid:
+        axes.axis("off")
+    covered = np.zeros(len(names) + 1, np.int64)
+    for i, (axes, picture, truth) in enumerate(zip(grid, pictures, labels, strict=False)):
+        factor = min(1.0, _PANEL / max(picture.shape[:2]))
+        size = tuple(max(1, round(side * factor)) for side in picture.shape[1::-1])
+        small = np.asarray(fromarray(picture).resize(size))
+        if truth is not None:
+            known = np.where((truth >= 0) & (truth < len(names)), truth, len(names))
+            covered += np.bincount(known.ravel(), minlength=len(names) + 1)
+            nearest = fromarray(known.astype(np.int32)).resize(size, Resampling.NEAREST)
+            small = overlay(small, np.asarray(nearest), colours)
+        axes.imshow(small, interpolation="nearest")
+        axes.set_title(captions[i] if i < len(captions) else "", fontsize=7, **_PLAIN)
+    present = [i for i in np.argsort(-covered[:-1], kind="stable") if covered[i]]
+    handles = [Patch(color=np.array(colours[i]) / 255, label=names[i]) for i in present[:_LEGEND]]
+    if covered[-1]:
+        handles.append(Patch(facecolor="black", edgecolor="white", hatch="////", label="ignored"))
+    if handles:
+        legend = figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), fontsize=7)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    figure.suptitle(title, fontsize=10, **_PLAIN)
     return figure
 
 
