@@ -15,15 +15,20 @@ from pathlib import Path
 
 import numpy as np
 import skimage.data
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from nat_models.errors import CheckpointError, UserError
 from nat_models.resources import resource
+from nat_models.training.drawing import draw_truth, png
 from nat_models.training.engine import train
+from nat_models.training.mask_sets import to_picture
 from nat_models.training.report import console
+from nat_models.training.segmenters import load_segmenter
 from nat_models.training.settings import read_yaml
 from nat_models.training.tasks.segmentation import Segmentation, SegmentationSettings
+from nat_models.writing import write_atomically
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
 REQUIRED = 70.0
@@ -87,6 +92,23 @@ def scene(digits, pictures: list[np.ndarray], chosen: np.ndarray, upper: bool, r
         image[place] = image[place] * (1 - ink) + colour * ink
         mask[place][ink > 0.4] = digits.target[index] + 1
     return image.round().astype(np.uint8), mask
+
+
+def draw(task: Segmentation, folder: Path, path: Path, count: int = 8) -> None:
+    """Held-out images, what is true of them, and what the network says."""
+    network, about = load_segmenter(folder)
+    _, held_out = task.make_datasets(network)
+    pictures, labels = [], []
+    for i in range(count):
+        image, truth = held_out[i]
+        with torch.no_grad():
+            found = network(image[None])[0].argmax(0)
+        pictures += [to_picture(image, about.mean, about.std)] * 3
+        labels += [None, truth.numpy(), found.numpy()]
+    captions = ["image", "truth", "prediction"] * count
+    path.parent.mkdir(exist_ok=True)
+    figure = draw_truth(pictures, labels, about.colours, about.classes, captions=captions, columns=6)
+    write_atomically(path, png(figure))
 
 
 def main() -> int:
