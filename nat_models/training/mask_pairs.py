@@ -138,7 +138,7 @@ def _pair(
 def grouping(group: str | None) -> Callable[[Pair], str]:
     """The key of a pair's group; without an expression each pair is its own."""
     if group is None:
-        return lambda pair: pair.stem
+        return lambda pair: pair.image.path
     try:
         expression = re.compile(group)
     except re.error as e:
