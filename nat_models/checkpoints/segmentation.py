@@ -92,7 +92,7 @@ def fit_upernet(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str,
         own += [f"{head}.{name}" for head in _CLASSIFIERS for name in ("weight", "bias")]
     fitted |= {key: target[key] for key in own}
     for key in (f"{_BACKBONE}{stem}" for stem in STEMS):
-        if key in fitted and key in target:
+        if key in fitted and key in target and fitted[key].shape[1] != target[key].shape[1]:
             fitted[key] = adapt_input_conv(target[key].shape[1], fitted[key])
     refuse_misfits(fitted, target)
     return fitted

@@ -189,6 +189,7 @@ def upernet(
     num_classes: int | None = None,
     channels: int = 512,
     weights: str | Path | Mapping | None = None,
+    head_drop_rate: float = 0.1,
     **backbone_kwargs,
 ) -> UPerNet:
     """UPerNet on a registered network of ours; for any image size.
@@ -203,6 +204,7 @@ def upernet(
         channels: Of the head; 512 in the published systems.
         weights: A file, or what one holds: in mmsegmentation's layout, ours, or that of transformers'
             UperNetForSemanticSegmentation, with anything around it.
+        head_drop_rate: Dropout of whole channels before the classifiers.
         **backbone_kwargs: More arguments of the backbone: pretrained, in_chans, dilations, ...
 
     Raises:
@@ -216,7 +218,7 @@ def upernet(
     network = _backbone(backbone, rate, patterns, backbone_kwargs)
     if (found := [info["reduction"] for info in network.feature_info]) != _STRIDES:
         raise ValueError(f"UPerNet takes a backbone with maps at strides {_STRIDES}, {backbone} has them at {found}.")
-    model = UPerNet(network, num_classes, channels)
+    model = UPerNet(network, num_classes, channels, head_drop_rate)
     if checkpoint is not None:
         model.load_state_dict(fit_upernet(checkpoint, model))
     return model

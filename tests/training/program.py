@@ -16,10 +16,12 @@ from accelerate.utils import DistributedType
 from nat_models.cli import main
 from nat_models.training import engine
 from nat_models.training.tasks.classification import Classification
+from nat_models.training.tasks.segmentation import Segmentation
 
 folder, flags = Path(sys.argv[1]), sys.argv[2:]
 state = PartialState(cpu=True)
-losses, prepare = Classification.losses, engine.prepare
+task = Segmentation if "segment" in flags else Classification
+losses, prepare = task.losses, engine.prepare
 
 if "--fsdp" in flags:
     # accelerate shards where there are GPUs only; torch shards over gloo as well.
@@ -42,7 +44,7 @@ def prepared(*args, **kwargs):
     return parts
 
 
-Classification.losses, engine.prepare = told, prepared
+task.losses, engine.prepare = told, prepared
 torch.set_num_threads(1)
 code = main(["train", *(flag for flag in flags if flag not in ("--fsdp", "--slow"))])
 print(f"rank {state.process_index} of {state.num_processes} over {state.backend}\n", end="")

@@ -29,6 +29,7 @@ class SegmentationSettings(Settings):
     """The engine's settings, and those of segmentation alone."""
 
     channels: int = option(512, "of the head; 512 in the published systems")
+    head_drop_rate: float = option(0.1, "dropout of whole channels before the classifiers")
     weights: str | None = option(None, "start from this UPerNet, mmsegmentation's, transformers' or ours")
     classes: str | None = option(None, "a file that names the values of masks; none: classes.json of the data")
     reduce_zero_label: bool = option(False, "0 is ignored and the others move down by one, as in ADE20K")
@@ -54,6 +55,7 @@ class SegmentationSettings(Settings):
         return super().rules() | {
             "in_chans": (lambda x: x is None or 1 <= x <= 16, "be from 1 to 16"),
             "channels": positive,
+            "head_drop_rate": (lambda x: 0 <= x < 1, "be at least 0 and below 1"),
             "crop_size": (lambda x: x >= 32, "be at least 32"),
             "short_side": positive,
             "long_side": positive,
@@ -107,7 +109,7 @@ class Segmentation:
         self.train, self.val = self.data.parts["train"], self.data.parts["val"]
         self.sizes = len(self.train.images), len(self.val.images)
         counts = histogram(self.data)
-        self.notes = [*self.data.notes, counts.summary("train"), counts.summary("val")]
+        self.notes = list(self.data.notes)
         if not sum(counts.pixels["val"]):
             raise UserError("No pixel of the validation masks is labelled: nothing could be measured.")
         self.about = f"{len(self.classes)} classes"
@@ -149,7 +151,8 @@ class Segmentation:
 
     def make_network(self, initial_weights: bool) -> nn.Module:
         s, about = self.settings, self.about_network
-        kwargs = dict(num_classes=len(self.classes), channels=about.channels, **about.backbone_kwargs)
+        kwargs = dict(num_classes=len(self.classes), channels=about.channels, head_drop_rate=s.head_drop_rate)
+        kwargs |= about.backbone_kwargs
         if initial_weights and s.checkpoint is not None:
             kwargs |= dict(pretrained=True, pretrained_cfg_overlay=dict(file=s.checkpoint, source=""))
         elif initial_weights:
