@@ -176,22 +176,23 @@ def split(
         if copies := len(hashes) - len(set(hashes.values())):
             notes.append(f"{copies} images are copies of others: the split keeps copies together")
     else:
-        for what, of in (("the very same image", lambda p: hashes.get(p.image.path, p.image.path)), ("a group", key)):
-            _refuse_shared(parts, what, of)
+        _refuse_shared(parts, "images are copies of images in another part", lambda p: hashes.get(p.image.path))
+        _refuse_shared(parts, "images are of a group that another part has too", key)
     order = [part for part in ("train", "val", "test") if part in parts]
     return {part: parts[part] for part in order}
 
 
-def _refuse_shared(parts: dict[str, list[Pair]], what: str, key: Callable[[Pair], str]) -> None:
+def _refuse_shared(parts: dict[str, list[Pair]], what: str, key: Callable[[Pair], str | None]) -> None:
     seen: dict[str, tuple[str, Pair]] = {}
     shared = []
     for part in sorted(parts, key=("train", "val", "test").index):
         for pair in parts[part]:
-            first_part, first = seen.setdefault(key(pair), (part, pair))
-            if first_part != part:
-                shared.append(f"{first.image.name} and {pair.image.name}")
+            if (name := key(pair)) is not None:
+                first_part, first = seen.setdefault(name, (part, pair))
+                if first_part != part:
+                    shared.append(f"{first.image.name} and {pair.image.name}")
     if shared:
-        raise UserError(f"{len(shared)} images are in two parts, as {what} each: {some(shared, 3)}.")
+        raise UserError(f"{len(shared)} {what}: {some(shared, 3)}.")
 
 
 def _hash_of_copies(pairs: Sequence[Pair]) -> dict[str, str]:
