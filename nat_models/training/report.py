@@ -20,6 +20,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..writing import swap_folder, write_atomically
+from .drawing import png
 from .settings import Settings
 from .task import Task
 
@@ -188,6 +189,4 @@ def plot(rows: Sequence[dict], panels: Sequence[tuple[str, Sequence[str]]]) -> b
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
+    return png(figure)

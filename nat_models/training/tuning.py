@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import io
 import math
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from timm.optim import create_optimizer_v2
 
 from ..errors import UserError
 from ..writing import write_atomically, writing
+from .drawing import png
 from .freezing import freeze, set_training
 from .images import make_loader, read_batches
 from .parts import make_accelerator, prepare, with_global_batch
@@ -149,6 +149,4 @@ def _plot(rates: list[float], losses: list[float], best: float) -> bytes:
     axes.set(xlabel="learning rate", ylabel="loss, smoothed")
     axes.grid(alpha=0.3)
     axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
+    return png(figure)

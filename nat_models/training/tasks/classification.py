@@ -25,7 +25,7 @@ from ...checkpoints.saving import save_model
 from ...errors import UserError
 from ..cards import Facts, model_card, recipe_of
 from ..images import ImageSet
-from ..models import began_from, make_model
+from ..models import MULTI_LABEL, began_from, make_model
 from ..settings import Settings, option
 from ..splits import Part, drop_unreadable, read_data
 from ..tables import Columns
@@ -165,7 +165,7 @@ class Classification:
         return ClassificationMetrics(len(self.classes), self.multi_label)
 
     def save(self, network: nn.Module, folder: Path, rows: Sequence[dict]) -> None:
-        config = dict(label_names=self.classes, problem_type="multi_label_classification" if self.multi_label else None)
+        config = dict(label_names=self.classes, problem_type=MULTI_LABEL if self.multi_label else None)
         save_model(network, folder, model_config=config, data_config=self.data_config)
         s, data = self.settings, Path(self.settings.data).name
         began = began_from(network) if s.pretrained and s.checkpoint is None else None
