@@ -27,7 +27,7 @@ demo-segment: $(VENV)/.installed-demo
 	$(BIN)/python scripts/demo_segment.py
 
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadgroup
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow

@@ -1,8 +1,10 @@
 """Files and folders that are whole or not there, and what a disk refuses as an error of one line."""
 
+import csv
+import io
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,3 +43,10 @@ def restore_folder(path: Path) -> None:
     old = path.with_name(f"{path.name}.old")
     if old.is_dir() and not path.exists():
         os.replace(old, path)
+
+
+def csv_text(rows: Iterable[Sequence]) -> str:
+    """Rows as CSV, the first one the names of the columns."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()

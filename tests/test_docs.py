@@ -116,7 +116,9 @@ def test_every_page_is_known():
 
 
 # In order: a later block reads what an earlier one wrote.
-@pytest.mark.parametrize("page", [page for page in PAGES if page not in LOCAL])
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.xdist_group(page)) for page in PAGES if page not in LOCAL]
+)
 def test_how_tos_run_as_printed(page, hub, desk):
     environment = {**os.environ, **client_environment(hub.endpoint, desk / "cache"), "PYTHONPATH": str(ROOT)}
     environment["HF_TOKEN"] = "hf_user"

@@ -1,7 +1,5 @@
 """What a classifier's probabilities are worth: figures, tables and pictures."""
 
-import csv
-import io
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +20,7 @@ from torchmetrics.functional.classification import (
 )
 
 from ..errors import UserError
-from ..writing import write_atomically
+from ..writing import csv_text, write_atomically
 from .decoding import Encoded, describe
 from .drawing import draw_confusion, draw_reliability, draw_sheet, png
 from .images import ImageSet, make_loader, read_batches
@@ -321,18 +319,12 @@ def _caption(row: dict) -> str:
 
 def _matrix(judgement: Judgement) -> str:
     """The confusion matrix as CSV: a column of the true classes, and one for each that was predicted."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["true", *judgement.confusion_names])
     rows = zip(judgement.confusion_names, judgement.confusion.tolist(), strict=True)
-    writer.writerows([name, *row] for name, row in rows)
-    return text.getvalue()
+    return csv_text([["true", *judgement.confusion_names], *([name, *row] for name, row in rows)])
 
 
 def table(rows: Sequence[dict], fields: Sequence[str] = ()) -> str:
     """Rows as CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fields or list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    return text.getvalue()
+    names = list(fields or rows[0])
+    rounded = ([round(x, 4) if isinstance(x, float) else x for x in map(row.get, names)] for row in rows)
+    return csv_text([names, *rounded])

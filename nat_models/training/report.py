@@ -1,8 +1,6 @@
 """What a run shows: its lines and progress, where its time went, and the files that users read."""
 
-import csv
 import importlib.util
-import io
 import shutil
 import time
 from collections import Counter
@@ -19,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from ..errors import UserError
-from ..writing import swap_folder, write_atomically
+from ..writing import csv_text, swap_folder, write_atomically
 from .drawing import png
 from .settings import Settings
 from .task import Task
@@ -156,11 +154,9 @@ def publish(output: Path, rows: Sequence[dict], network: nn.Module, task: Task) 
     for target in targets:
         save_weights(output / target, rows, network, task)
     write_atomically(output / "curve.png", plot(rows, task.panels))
-    table = io.StringIO()
-    writer = csv.DictWriter(table, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(output / "summary.csv", table.getvalue())
+    write_atomically(
+        output / "summary.csv", csv_text([list(rows[0]), *([row[name] for name in rows[0]] for row in rows)])
+    )
 
 
 def save_weights(folder: Path, rows: Sequence[dict], network: nn.Module, task: Task) -> None:

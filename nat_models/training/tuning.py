@@ -1,6 +1,5 @@
 """Settings that are found by trying: the batch that fits in the memory, the learning rate that learns fastest."""
 
-import csv
 import dataclasses
 import math
 from pathlib import Path
@@ -12,7 +11,7 @@ from matplotlib.figure import Figure
 from timm.optim import create_optimizer_v2
 
 from ..errors import UserError
-from ..writing import write_atomically, writing
+from ..writing import csv_text, write_atomically, writing
 from .drawing import png
 from .freezing import freeze, set_training
 from .images import make_loader, read_batches
@@ -120,9 +119,8 @@ def find_lr(settings: Settings, task: Task) -> float:
         output = Path(settings.output)
         with writing(output):
             output.mkdir(parents=True, exist_ok=True)
-            table = io.StringIO()
-            csv.writer(table, lineterminator="\n").writerows([("lr", "loss"), *zip(rates, losses, strict=True)])
-            write_atomically(output / "lr_finder.csv", table.getvalue())
+            table = csv_text([("lr", "loss"), *zip(rates, losses, strict=True)])
+            write_atomically(output / "lr_finder.csv", table)
             write_atomically(output / "lr_finder.png", _plot(rates, losses, best))
         console.print(f"--lr {best:.2g}: there the loss falls fastest; look at {output / 'lr_finder.png'}")
     return best
