@@ -6,7 +6,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..errors import UserError
+from ..errors import Unreadable, UserError
 from .decoding import Encoded, describe
 
 # Formats that give back the very numbers that were saved.
@@ -66,19 +66,19 @@ def load_array(image: Encoded) -> np.ndarray:
     """The array of a .npy file, mapped into memory.
 
     Raises:
-        UserError: It cannot be read.
+        Unreadable: It cannot be read.
     """
     try:
         return np.load(image.path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
-        raise UserError(f"{describe(image)} cannot be read as an array: {e}") from None
+        raise Unreadable(f"{describe(image)} cannot be read as an array: {e}") from None
 
 
 def read_header(image: Encoded) -> Header:
     """Size and orientation of an image, without its pixels where its format allows.
 
     Raises:
-        UserError: It is no image.
+        Unreadable: It is no image.
     """
     if is_array(image):
         shape = load_array(image).shape
@@ -93,7 +93,7 @@ def read_header(image: Encoded) -> Header:
                     opened.load()  # its EXIF may follow the pixels
                 return Header(opened.height, opened.width, _stated(opened) or 1)
     except Exception as e:  # of a damaged file, Pillow's plugins raise whatever they happen to meet
-        raise UserError(f"{describe(image)} cannot be read as an image: {e or type(e).__name__}") from None
+        raise Unreadable(f"{describe(image)} cannot be read as an image: {e or type(e).__name__}") from None
 
 
 def read_raw(mask: Encoded, coloured: bool) -> Raw:
@@ -107,7 +107,8 @@ def read_raw(mask: Encoded, coloured: bool) -> Raw:
         coloured: Whether colours are read, for a table of colours.
 
     Raises:
-        UserError: It cannot be read; its format does not keep numbers exactly (JPEG and others); it holds colours and
+        Unreadable: It cannot be read.
+        UserError: Its format does not keep numbers exactly (JPEG and others); it holds colours and
             `coloured` is False; it has several frames, transparent pixels or fractions.
     """
     if is_array(mask):
@@ -120,7 +121,7 @@ def read_raw(mask: Encoded, coloured: bool) -> Raw:
     except UserError as e:
         raise UserError(f"{describe(mask)} {e}") from None
     except Exception as e:
-        raise UserError(f"{describe(mask)} cannot be read as a mask: {e or type(e).__name__}") from None
+        raise Unreadable(f"{describe(mask)} cannot be read as a mask: {e or type(e).__name__}") from None
 
 
 def _from_array(mask: Encoded, coloured: bool) -> Raw:

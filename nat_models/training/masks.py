@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import Unreadable, UserError
 from .decoding import ImageFile, decode
 from .listing import some
 from .mask_files import MaskFile, is_array, load_array, read_header, read_raw, turn_to
@@ -136,6 +136,8 @@ def read_mask_data(
     mask_values: str | Mapping[int, int | None] | None = None,
     group: str | None = None,
     verify: str = "headers",
+    skip_unreadable: bool = False,
+    unreadable_limit: float = 0.01,
     mask_orientation: str = "auto",
     allow_empty: bool = False,
 ) -> MaskData:
@@ -157,6 +159,8 @@ def read_mask_data(
         group: A regular expression, searched in the image's path without suffix; images for which its first group (or
             else all that it matches) is the same are related, and never on both sides of the split.
         verify: full decodes every image; headers and none read headers, which the masks' sizes are compared with.
+        skip_unreadable: Leave out pairs of which a file cannot be read, and count them; else they are an error.
+        unreadable_limit: The greatest part of the pairs that may be left out.
         mask_orientation: How masks lie on images with an EXIF orientation; see turn_to.
         allow_empty: Whether a class may have no pixel in the training masks.
 
@@ -183,9 +187,8 @@ def read_mask_data(
 
     pairs = [pair for items in parts.values() for pair in items]
     looks = dict(zip((pair.mask.path for pair in pairs), threaded(look, pairs), strict=True))
-    if errors := [e for e in looks.values() if isinstance(e, UserError)]:
-        more = "" if len(errors) == 1 else f" ({len(errors)} of {len(pairs):,} images and masks)"
-        raise UserError("; ".join(map(str, errors[:5])) + more)
+    parts = _drop(parts, looks, unreadable_limit if skip_unreadable else 0.0, notes)
+    pairs = [pair for items in parts.values() for pair in items]
     data = MaskData([], {}, MaskReading({}), [], {}, notes)
     where: dict[int, str] = {}
     for part, items in parts.items():
@@ -197,7 +200,7 @@ def read_mask_data(
                 where.setdefault(value, pair.mask.name)
     rules = dict(mask_values=values, reduce_zero_label=reduce_zero_label)
     data.names, data.reading = number_classes(table, where, **rules)
-    palette = next((found[2] for found in looks.values() if found[2] is not None), None)
+    palette = next((looks[pair.mask.path][2] for pair in pairs if looks[pair.mask.path][2] is not None), None)
     data.colours = choose_colours(data.names, data.reading, palette)
     counted = histogram(data, allow_empty=allow_empty)
     turns = sum(mask.turn != 1 for part in data.parts.values() for mask in part.masks)
@@ -212,6 +215,34 @@ def read_mask_data(
     notes += say_near(data.names)
     notes += [counted.summary(part) for part in data.parts]
     return data
+
+
+def _drop(
+    parts: dict[str, list[Pair]], looks: Mapping[str, object], limit: float, notes: list[str]
+) -> dict[str, list[Pair]]:
+    """The parts without the pairs of which a file cannot be read, if they are no more than `limit` of all.
+
+    Raises:
+        UserError: They are more, or a pair is wrong in another way; the message lists the first five.
+    """
+    total = sum(map(len, parts.values()))
+    errors = [e for e in looks.values() if isinstance(e, UserError)]
+    wrong = [e for e in errors if not isinstance(e, Unreadable)]
+    if wrong or len(errors) > limit * total:
+        shown = wrong or errors
+        more = "" if len(shown) == 1 else f" ({len(shown)} of {total:,} images and masks)"
+        limited = f"; unreadable_limit is {limit:.2%}" if limit and not wrong else ""
+        raise UserError("; ".join(map(str, shown[:5])) + more + limited)
+    if errors:
+        notes.append(f"left out: {len(errors)} of {total:,} images, which cannot be read, such as {errors[0]}")
+    left = {
+        part: [pair for pair in items if not isinstance(looks[pair.mask.path], UserError)]
+        for part, items in parts.items()
+    }
+    for part in left:
+        if not left[part]:
+            raise UserError(f"No image of the part {part} can be read, such as {errors[0]}")
+    return left
 
 
 def _others(data: MaskData) -> Counter:

@@ -350,3 +350,19 @@ def test_a_digest_changes_with_names_parts_and_labels(tmp_path):
     ]
     assert digest() == digest()
     assert len({digest(), *changed}) == 5
+
+
+def test_what_cannot_be_read_is_left_out_and_counted_on_request(tmp_path):
+    root = put_pairs(tmp_path, count=10)
+    put(root / "masks/1.png", b"")
+    put(root / "images/2.png", b"")
+    with pytest.raises(UserError, match=r"1\.png cannot .*2\.png cannot be read .* \(2 of 10 images and masks\)$"):
+        read_mask_data(root)
+    with pytest.raises(UserError, match=r"\(2 of 10 images and masks\); unreadable_limit is 10\.00%$"):
+        read_mask_data(root, skip_unreadable=True, unreadable_limit=0.1)
+    data = read_mask_data(root, skip_unreadable=True, unreadable_limit=0.2)
+    assert sum(len(part) for part in data.parts.values()) == 8
+    assert any(line.startswith("left out: 2 of 10 images, which cannot be read, such as") for line in data.notes)
+    put(root / "masks/3.png", LABELS[:-1].copy())
+    with pytest.raises(UserError, match=r"masks/3\.png has 40 x 31 pixels, and .* 40 x 32\.$"):
+        read_mask_data(root, skip_unreadable=True, unreadable_limit=0.9)
