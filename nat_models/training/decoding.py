@@ -73,7 +73,7 @@ def decode(image: Encoded, in_chans: int, background: tuple[int, int, int] = WHI
     try:
         with warnings.catch_warnings(), image.open() as file:
             warnings.simplefilter("ignore")  # of large images and damaged metadata; damaged pixels are errors
-            with Image.open(file, formats=_known_formats()) as opened:
+            with Image.open(file, formats=known_formats()) as opened:
                 opened.load()
                 upright = _upright(opened)
                 return _to_8_bits(upright, background).convert("L" if in_chans == 1 else "RGB")
@@ -90,7 +90,7 @@ def check_header(image: Encoded) -> None:
     try:
         with warnings.catch_warnings(), image.open() as file:
             warnings.simplefilter("ignore")
-            with Image.open(file, formats=_known_formats()):
+            with Image.open(file, formats=known_formats()):
                 pass
     except Exception as e:
         raise Unreadable(f"{describe(image)} cannot be read as an image: {e or type(e).__name__}") from None
@@ -102,7 +102,8 @@ def describe(image: Encoded) -> str:
 
 
 @functools.cache
-def _known_formats() -> list[str]:
+def known_formats() -> list[str]:
+    """Pillow's names of the formats that are read."""
     Image.init()
     return [name for name in _FORMATS if name in Image.OPEN]
 

@@ -14,7 +14,7 @@ from .decoding import ImageFile, decode
 from .listing import some
 from .mask_files import MaskFile, is_array, load_array, read_header, read_raw, turn_to
 from .mask_pairs import Pair, grouping, list_pairs, split, threaded
-from .mask_values import IGNORE, MaskReading, choose_colours, number_classes, parse_mask_values, read_table
+from .mask_values import IGNORE, ClassTable, MaskReading, choose_colours, number_classes, parse_mask_values, read_table
 from .splits import say_near
 
 
@@ -132,6 +132,7 @@ def read_mask_data(
     seed: int = 0,
     exclude: Iterable[Path] = (),
     classes: str | Path | Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
     reduce_zero_label: bool = False,
     mask_values: str | Mapping[int, int | None] | None = None,
     group: str | None = None,
@@ -154,6 +155,8 @@ def read_mask_data(
         seed: Of what is held out.
         exclude: Folders that are never data, such as the output.
         classes: Names, or a file of them; see read_table.
+        names: The classes in the order of the indices, as a model has them, which all classes of the data must be
+            among; None takes the data's own.
         reduce_zero_label: 0 is ignored and k is class k - 1, as in ADE20K.
         mask_values: Numbers that mean another one; see parse_mask_values.
         group: A regular expression, searched in the image's path without suffix; images for which its first group (or
@@ -173,6 +176,8 @@ def read_mask_data(
     folder, values = Path(folder), parse_mask_values(mask_values)
     parts, notes = list_pairs(folder, list(exclude))
     table = read_table(classes, folder)
+    if table.names is None and names is not None:
+        table = ClassTable("the model", list(names))
     parts = split(folder, parts, val_fraction, seed, grouping(group), notes)
 
     def look(pair: Pair) -> tuple[int, dict[int, int], np.ndarray | None] | UserError:
@@ -200,6 +205,11 @@ def read_mask_data(
                 where.setdefault(value, pair.mask.name)
     rules = dict(mask_values=values, reduce_zero_label=reduce_zero_label)
     data.names, data.reading = number_classes(table, where, **rules)
+    if names is not None:
+        if strangers := [name for name in data.names if name not in names]:
+            raise UserError(f"Classes in {folder} that the model lacks: {some(strangers)}; it has {some(names)}.")
+        data.reading = data.reading.renumbered([list(names).index(name) for name in data.names])
+        data.names = list(names)
     palette = next((looks[pair.mask.path][2] for pair in pairs if looks[pair.mask.path][2] is not None), None)
     data.colours = choose_colours(data.names, data.reading, palette)
     counted = histogram(data, allow_empty=allow_empty)
