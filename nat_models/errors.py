@@ -18,6 +18,10 @@ class UserError(Exception):
     """Something the caller can mend."""
 
 
+class Unreadable(UserError):
+    """A file that is damaged, or is not what its name says."""
+
+
 class Stopped(Exception):
     """A program was told to stop and did so in good order.
 

@@ -38,6 +38,7 @@ PAGES = {
     "docs/transformers.md": 4,
     "docs/resume.md": 1,
     "docs/tables.md": 2,
+    "docs/segmentation_data.md": 1,
     "docs/imbalance.md": 1,
     "docs/scaling.md": 0,
     "docs/fashion_mnist.md": 0,
@@ -63,7 +64,8 @@ def hub():
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory) -> Path:
-    """A folder with what a reader is told to have: a photo, images in class folders, the authors' file."""
+    """A folder with what a reader is told to have: a photo, images in class folders, a street with masks, the authors'
+    file."""
     from PIL import Image
 
     desk = tmp_path_factory.mktemp("desk")
@@ -74,6 +76,12 @@ def desk(tmp_path_factory) -> Path:
             path = desk / "images" / label / f"{i}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             photo.crop((40 * i, 20 * i, 40 * i + 240, 20 * i + 240)).save(path)
+    for side in ("images", "masks"):
+        (desk / "street" / side).mkdir(parents=True)
+    for i in range(4):
+        photos[0].crop((40 * i, 0, 40 * i + 64, 48)).save(desk / "street" / "images" / f"{i}.jpg")
+        Image.new("L", (64, 48)).point(lambda _, i=i: 7 * (i % 2)).save(desk / "street" / "masks" / f"{i}.png")
+    (desk / "street" / "classes.json").write_text('{"values": {"0": "background", "7": "road"}}')
     torch.save(original_state_dict("nat_tiny"), desk / "nat_tiny.pth")
     return desk
 
@@ -85,6 +93,7 @@ LOCAL = (
     "docs/features.md",
     "docs/resume.md",
     "docs/tables.md",
+    "docs/segmentation_data.md",
     "docs/imbalance.md",
 )
 # Their runs begin at random weights: a recipe would ask for the published ones.
@@ -157,7 +166,7 @@ def test_every_kind_of_reader_has_a_row():
 
 @pytest.mark.parametrize("page", LOCAL)
 def test_how_tos_without_published_weights_run_as_printed(page, desk, monkeypatch, tmp_path):
-    for name in ("images", "photo.jpg"):
+    for name in ("images", "photo.jpg", "street"):
         (tmp_path / name).symlink_to(desk / name)
     monkeypatch.chdir(tmp_path)
     blocks = _blocks(page)

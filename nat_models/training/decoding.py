@@ -7,7 +7,7 @@ from typing import BinaryIO, NamedTuple, Protocol
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
-from ..errors import UserError
+from ..errors import Unreadable
 
 # What people keep pictures in. Of the rest that Pillow opens, some are no pictures (HDF5, GRIB, MPEG), and some are
 # programs that another program would have to run (EPS, PDF, WMF).
@@ -68,32 +68,32 @@ def decode(image: Encoded, in_chans: int, background: tuple[int, int, int] = WHI
     floating point is scaled by 255 if it lies within [0, 1], and taken as it is if it lies within [0, 255].
 
     Raises:
-        UserError: It cannot be read, or its range is not known; the message names it.
+        Unreadable: It cannot be read, or its range is not known; the message names it.
     """
     try:
         with warnings.catch_warnings(), image.open() as file:
             warnings.simplefilter("ignore")  # of large images and damaged metadata; damaged pixels are errors
-            with Image.open(file, formats=_known_formats()) as opened:
+            with Image.open(file, formats=known_formats()) as opened:
                 opened.load()
                 upright = _upright(opened)
                 return _to_8_bits(upright, background).convert("L" if in_chans == 1 else "RGB")
     except Exception as e:  # of a damaged file, Pillow's plugins raise whatever they happen to meet
-        raise UserError(f"{describe(image)} cannot be read as an image: {e or type(e).__name__}") from None
+        raise Unreadable(f"{describe(image)} cannot be read as an image: {e or type(e).__name__}") from None
 
 
 def check_header(image: Encoded) -> None:
     """Opens an image without decoding its pixels.
 
     Raises:
-        UserError: It is no image.
+        Unreadable: It is no image.
     """
     try:
         with warnings.catch_warnings(), image.open() as file:
             warnings.simplefilter("ignore")
-            with Image.open(file, formats=_known_formats()):
+            with Image.open(file, formats=known_formats()):
                 pass
     except Exception as e:
-        raise UserError(f"{describe(image)} cannot be read as an image: {e or type(e).__name__}") from None
+        raise Unreadable(f"{describe(image)} cannot be read as an image: {e or type(e).__name__}") from None
 
 
 def describe(image: Encoded) -> str:
@@ -102,7 +102,8 @@ def describe(image: Encoded) -> str:
 
 
 @functools.cache
-def _known_formats() -> list[str]:
+def known_formats() -> list[str]:
+    """Pillow's names of the formats that are read."""
     Image.init()
     return [name for name in _FORMATS if name in Image.OPEN]
 

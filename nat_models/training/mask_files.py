@@ -6,16 +6,16 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..errors import UserError
-from .decoding import Encoded, describe
+from ..errors import Unreadable, UserError
+from .decoding import Encoded, describe, known_formats
 
 # Formats that give back the very numbers that were saved.
-_EXACT = ("PNG", "TIFF", "BMP", "GIF", "PPM", "TGA")
+_EXACT = ("PNG", "TIFF", "BMP", "GIF", "TGA")
 _INEXACT_TIFF = ("jpeg", "webp", "tiff_jpeg")
 ARRAY = ".npy"
-SUFFIXES = frozenset((".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm", ".ppm", ".pnm", ".tga", ARRAY))
-_ORIENTATION = 0x0112  # the EXIF tag
-_STEPS = {"L;2": 85, "L;4": 17}  # Pillow spreads PNG's 2 and 4 bits of grey over 0 .. 255
+SUFFIXES = frozenset((".png", ".tif", ".tiff", ".bmp", ".gif", ".tga", ARRAY))
+_WIDTH, _HEIGHT, _ORIENTATION = 256, 257, 274  # tags of EXIF and TIFF
+_STEPS = {"L;2": 85, "L;2R": 85, "L;4": 17, "L;4R": 17}  # Pillow spreads 2 and 4 bits of grey over 0 .. 255
 
 
 class MaskFile(NamedTuple):
@@ -39,8 +39,9 @@ class Raw(NamedTuple):
     """What a mask's file holds.
 
     Attributes:
-        values: [H, W] integers as they are stored, not turned; of colours 65536 * red + 256 * green + blue.
-        orientation: The EXIF orientation that the file states itself; None where it states none.
+        values: [H, W] integers before they are turned by `orientation`; of colours 65536 * red + 256 * green + blue.
+        orientation: The EXIF orientation that the file states itself, 1 where Pillow has turned it already; None where
+            it states none.
         palette: [n, 3] uint8, RGB of its numbers; None without a palette.
     """
 
@@ -66,19 +67,19 @@ def load_array(image: Encoded) -> np.ndarray:
     """The array of a .npy file, mapped into memory.
 
     Raises:
-        UserError: It cannot be read.
+        Unreadable: It cannot be read.
     """
     try:
         return np.load(image.path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
-        raise UserError(f"{describe(image)} cannot be read as an array: {e}") from None
+        raise Unreadable(f"{describe(image)} cannot be read as an array: {e}") from None
 
 
 def read_header(image: Encoded) -> Header:
     """Size and orientation of an image, without its pixels where its format allows.
 
     Raises:
-        UserError: It is no image.
+        Unreadable: It is no image.
     """
     if is_array(image):
         shape = load_array(image).shape
@@ -88,39 +89,44 @@ def read_header(image: Encoded) -> Header:
     try:
         with warnings.catch_warnings(), image.open() as file:
             warnings.simplefilter("ignore")
-            with Image.open(file) as opened:
+            with Image.open(file, formats=known_formats()) as opened:
                 if opened.format == "PNG":
                     opened.load()  # its EXIF may follow the pixels
+                elif opened.format == "TIFF":  # Pillow gives the size when it is turned
+                    tags = opened.tag_v2
+                    return Header(tags[_HEIGHT], tags[_WIDTH], _stated(opened) or 1)
                 return Header(opened.height, opened.width, _stated(opened) or 1)
     except Exception as e:  # of a damaged file, Pillow's plugins raise whatever they happen to meet
-        raise UserError(f"{describe(image)} cannot be read as an image: {e or type(e).__name__}") from None
+        raise Unreadable(f"{describe(image)} cannot be read as an image: {e or type(e).__name__}") from None
 
 
 def read_raw(mask: Encoded, coloured: bool) -> Raw:
     """The numbers of a mask's file.
 
-    Palettes give their indices, grey in 1, 2, 4, 8, 16 or 32 bits its numbers, arrays [H, W] their integers. RGB gives
-    numbers only where red, green and blue are equal everywhere; with `coloured`, everything gives colours.
+    Palettes give their indices, grey in 1, 2, 4, 8, 16 or 32 bits its numbers (Pillow alone spreads 2 and 4 bits over
+    0 .. 255), arrays [H, W] their integers. RGB gives numbers only where red, green and blue are equal everywhere; with
+    `coloured`, everything gives colours.
 
     Args:
         mask: The file.
         coloured: Whether colours are read, for a table of colours.
 
     Raises:
-        UserError: It cannot be read; its format does not keep numbers exactly (JPEG and others); it holds colours and
-            `coloured` is False; it has several frames, transparent pixels or fractions.
+        Unreadable: It cannot be read.
+        UserError: Its format does not keep numbers exactly (JPEG and others); it holds colours and `coloured` is False;
+            it has several frames, transparent pixels, fractions, or 16 bits in several channels.
     """
     if is_array(mask):
         return _from_array(mask, coloured)
     try:
         with warnings.catch_warnings(), mask.open() as file:
             warnings.simplefilter("ignore")
-            with Image.open(file) as opened:
+            with Image.open(file, formats=known_formats()) as opened:
                 return _from_image(opened, coloured)
     except UserError as e:
         raise UserError(f"{describe(mask)} {e}") from None
     except Exception as e:
-        raise UserError(f"{describe(mask)} cannot be read as a mask: {e or type(e).__name__}") from None
+        raise Unreadable(f"{describe(mask)} cannot be read as a mask: {e or type(e).__name__}") from None
 
 
 def _from_array(mask: Encoded, coloured: bool) -> Raw:
@@ -140,10 +146,18 @@ def _from_image(image: Image.Image, coloured: bool) -> Raw:
         )
     if getattr(image, "n_frames", 1) > 1:
         raise UserError(f"holds {image.n_frames} frames: a mask is one.")
-    raw_mode = image.tile[0][3] if image.tile else ""
-    step = _STEPS.get(raw_mode if isinstance(raw_mode, str) else "", 1) if image.format == "PNG" else 1
+    # How the numbers lie in the file, in Pillow's words, such as L;4 for grey of 4 bits.
+    detail = image.tile[0][3] if image.tile else ""
+    raw_mode = str(detail[0] if isinstance(detail, tuple) else detail)
+    if raw_mode.startswith("L;") and "I" in raw_mode:
+        raise UserError("stores its numbers inverted (0 is white): save it as PNG, from its source.")
+    if "16" in raw_mode and image.mode in ("LA", "RGB", "RGBA"):
+        raise UserError("has 16 bits for each of several channels, of which 8 would be lost: save it in one channel.")
+    step, before = _STEPS.get(raw_mode, 1), _stated(image)
     image.load()
     orientation, mode = _stated(image), image.mode
+    if before is not None and orientation is None:
+        orientation = 1  # a TIFF, which Pillow has turned
     if mode in ("LA", "RGBA"):
         if image.getchannel("A").getextrema() != (255, 255):
             raise UserError("has transparent pixels, which are no class: save it without transparency.")

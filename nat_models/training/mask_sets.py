@@ -11,8 +11,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from ..errors import UserError
-from .decoding import Encoded, decode, describe
+from ..errors import Unreadable, UserError
+from .decoding import Encoded, decode, describe, known_formats
 from .images import Items
 from .mask_files import is_array, load_array
 from .mask_values import IGNORE, MaskReading
@@ -41,11 +41,12 @@ def read_image(image: Encoded, in_chans: int) -> tv_tensors.Image:
     if in_chans < 4 and not image.path.lower().endswith((".tif", ".tiff")):
         return tv_tensors.Image(F.pil_to_tensor(decode(image, in_chans)))
     try:
-        with image.open() as file, Image.open(file) as opened:
+        with image.open() as file, Image.open(file, formats=known_formats()) as opened:
+            opened.load()
             bands, mode = getattr(opened, "tag_v2", {}).get(_SAMPLES_PER_PIXEL, len(opened.getbands())), opened.mode
             four = F.pil_to_tensor(ImageOps.exif_transpose(opened)) if mode in _BYTES and in_chans == 4 else None
     except Exception as e:  # of a damaged file, Pillow's plugins raise whatever they happen to meet
-        raise UserError(f"{describe(image)} cannot be read as an image: {e or type(e).__name__}") from None
+        raise Unreadable(f"{describe(image)} cannot be read as an image: {e or type(e).__name__}") from None
     if bands > 4 or (in_chans == 4 and four is None):
         raise UserError(
             f"{describe(image)} has {bands} bands of Pillow's mode {mode}, and {in_chans} are wanted: "

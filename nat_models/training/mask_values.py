@@ -58,6 +58,19 @@ class MaskReading:
         keys = sorted(self.table)
         return np.array(keys, dtype=np.int64), np.array([self.table[key] for key in keys], dtype=np.uint8)
 
+    @cached_property
+    def _bytes(self) -> tuple[np.ndarray, np.ndarray]:
+        """The index of each byte, and whether it has none."""
+        return self._look_up(np.arange(256))
+
+    def _look_up(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        keys, classes = self._sorted
+        place = np.minimum(np.searchsorted(keys, values), len(keys) - 1)
+        labels, lost = classes[place], keys[place] != values
+        if self.others is not None:
+            labels[lost], lost[:] = self.others, False
+        return labels, lost
+
     def read(self, mask: Encoded) -> np.ndarray:
         """[H, W] uint8: the index of each pixel's class, 255 where it is ignored.
 
@@ -67,16 +80,20 @@ class MaskReading:
             UserError: The file cannot be read as a mask, or holds a number that the table lacks.
         """
         raw = read_raw(mask, self.coloured)
-        keys, classes = self._sorted
-        place = np.minimum(np.searchsorted(keys, raw.values), len(keys) - 1)
-        labels, lost = classes[place], keys[place] != raw.values
-        if self.others is not None:
-            labels[lost] = self.others
-        elif lost.any():
+        if raw.values.dtype == np.uint8:
+            labels, lost = (table[raw.values] for table in self._bytes)
+        else:
+            labels, lost = self._look_up(raw.values)
+        if lost.any():
             found = [self.say(value) for value in np.unique(raw.values[lost]).tolist()]
             raise UserError(f"{mask.path} holds what has no class: {some(found)}.")
         orientation = getattr(mask, "turn", 1) if raw.orientation is None else raw.orientation
         return np.ascontiguousarray(turn(labels, orientation))
+
+    def renumbered(self, indices: Sequence[int]) -> "MaskReading":
+        """The same reading where class i has the index indices[i]."""
+        index = dict(enumerate(indices)) | {IGNORE: IGNORE, None: None}
+        return MaskReading({v: index[i] for v, i in self.table.items()}, self.coloured, index[self.others])
 
     def say(self, value: int) -> str:
         """A number as its file has it: a colour as #rrggbb."""

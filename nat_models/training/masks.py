@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import Unreadable, UserError
 from .decoding import ImageFile, decode
 from .listing import some
 from .mask_files import MaskFile, is_array, load_array, read_header, read_raw, turn_to
 from .mask_pairs import Pair, grouping, list_pairs, split, threaded
-from .mask_values import IGNORE, MaskReading, choose_colours, number_classes, parse_mask_values, read_table
+from .mask_values import IGNORE, ClassTable, MaskReading, choose_colours, number_classes, parse_mask_values, read_table
 from .splits import say_near
 
 
@@ -132,10 +132,13 @@ def read_mask_data(
     seed: int = 0,
     exclude: Iterable[Path] = (),
     classes: str | Path | Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
     reduce_zero_label: bool = False,
     mask_values: str | Mapping[int, int | None] | None = None,
     group: str | None = None,
     verify: str = "headers",
+    skip_unreadable: bool = False,
+    unreadable_limit: float = 0.01,
     mask_orientation: str = "auto",
     allow_empty: bool = False,
 ) -> MaskData:
@@ -152,11 +155,15 @@ def read_mask_data(
         seed: Of what is held out.
         exclude: Folders that are never data, such as the output.
         classes: Names, or a file of them; see read_table.
+        names: The classes in the order of the indices, as a model has them, which all classes of the data must be
+            among; None takes the data's own.
         reduce_zero_label: 0 is ignored and k is class k - 1, as in ADE20K.
         mask_values: Numbers that mean another one; see parse_mask_values.
         group: A regular expression, searched in the image's path without suffix; images for which its first group (or
             else all that it matches) is the same are related, and never on both sides of the split.
         verify: full decodes every image; headers and none read headers, which the masks' sizes are compared with.
+        skip_unreadable: Leave out pairs of which a file cannot be read, and count them; else they are an error.
+        unreadable_limit: The greatest part of the pairs that may be left out.
         mask_orientation: How masks lie on images with an EXIF orientation; see turn_to.
         allow_empty: Whether a class may have no pixel in the training masks.
 
@@ -169,6 +176,8 @@ def read_mask_data(
     folder, values = Path(folder), parse_mask_values(mask_values)
     parts, notes = list_pairs(folder, list(exclude))
     table = read_table(classes, folder)
+    if table.names is None and names is not None:
+        table = ClassTable("the model", list(names))
     parts = split(folder, parts, val_fraction, seed, grouping(group), notes)
 
     def look(pair: Pair) -> tuple[int, dict[int, int], np.ndarray | None] | UserError:
@@ -183,9 +192,8 @@ def read_mask_data(
 
     pairs = [pair for items in parts.values() for pair in items]
     looks = dict(zip((pair.mask.path for pair in pairs), threaded(look, pairs), strict=True))
-    if errors := [e for e in looks.values() if isinstance(e, UserError)]:
-        more = "" if len(errors) == 1 else f" ({len(errors)} of {len(pairs):,} images and masks)"
-        raise UserError("; ".join(map(str, errors[:5])) + more)
+    parts = _drop(parts, looks, unreadable_limit if skip_unreadable else 0.0, notes)
+    pairs = [pair for items in parts.values() for pair in items]
     data = MaskData([], {}, MaskReading({}), [], {}, notes)
     where: dict[int, str] = {}
     for part, items in parts.items():
@@ -197,7 +205,12 @@ def read_mask_data(
                 where.setdefault(value, pair.mask.name)
     rules = dict(mask_values=values, reduce_zero_label=reduce_zero_label)
     data.names, data.reading = number_classes(table, where, **rules)
-    palette = next((found[2] for found in looks.values() if found[2] is not None), None)
+    if names is not None:
+        if strangers := [name for name in data.names if name not in names]:
+            raise UserError(f"Classes in {folder} that the model lacks: {some(strangers)}; it has {some(names)}.")
+        data.reading = data.reading.renumbered([list(names).index(name) for name in data.names])
+        data.names = list(names)
+    palette = next((looks[pair.mask.path][2] for pair in pairs if looks[pair.mask.path][2] is not None), None)
     data.colours = choose_colours(data.names, data.reading, palette)
     counted = histogram(data, allow_empty=allow_empty)
     turns = sum(mask.turn != 1 for part in data.parts.values() for mask in part.masks)
@@ -212,6 +225,34 @@ def read_mask_data(
     notes += say_near(data.names)
     notes += [counted.summary(part) for part in data.parts]
     return data
+
+
+def _drop(
+    parts: dict[str, list[Pair]], looks: Mapping[str, object], limit: float, notes: list[str]
+) -> dict[str, list[Pair]]:
+    """The parts without the pairs of which a file cannot be read, if they are no more than `limit` of all.
+
+    Raises:
+        UserError: They are more, or a pair is wrong in another way; the message lists the first five.
+    """
+    total = sum(map(len, parts.values()))
+    errors = [e for e in looks.values() if isinstance(e, UserError)]
+    wrong = [e for e in errors if not isinstance(e, Unreadable)]
+    if wrong or len(errors) > limit * total:
+        shown = wrong or errors
+        more = "" if len(shown) == 1 else f" ({len(shown)} of {total:,} images and masks)"
+        limited = f"; unreadable_limit is {limit:.2%}" if limit and not wrong else ""
+        raise UserError("; ".join(map(str, shown[:5])) + more + limited)
+    if errors:
+        notes.append(f"left out: {len(errors)} of {total:,} images, which cannot be read, such as {errors[0]}")
+    left = {
+        part: [pair for pair in items if not isinstance(looks[pair.mask.path], UserError)]
+        for part, items in parts.items()
+    }
+    for part in left:
+        if not left[part]:
+            raise UserError(f"No image of the part {part} can be read, such as {errors[0]}")
+    return left
 
 
 def _others(data: MaskData) -> Counter:

@@ -17,10 +17,12 @@ from tests.training.label_maps import (
     SIZE,
     colours_of,
     exif,
+    grey_tiff,
     palette_image,
     picture,
     put,
     put_pairs,
+    rgb_16,
 )
 
 LABELS_255 = np.array([0, 255, 255], np.uint8)[LABELS]
@@ -158,6 +160,17 @@ CASES = {
     ),
     "a JPEG called PNG": (_renamed("JPEG"), [], r"1\.png is a JPEG file, which may not give back"),
     "a TIFF with JPEG inside": (_renamed("TIFF", inner="jpeg"), [], r"1\.png is a TIFF with jpeg inside"),
+    "numbers of a scale": (_renamed("PPM"), [], r"1\.png is a PPM file, which may not give back"),
+    "inverted numbers": (
+        _in_place("1.tif", grey_tiff(LABELS, 8, white_is=0)),
+        [],
+        r"1\.tif stores its numbers inverted",
+    ),
+    "16 bits of red, green and blue": (
+        lambda root: put_pairs(root, {str(i): rgb_16(LABELS) for i in range(3)}),
+        [],
+        r"has 16 bits for each of several channels, of which 8 would be lost",
+    ),
     "a WebP called PNG": (_renamed("WEBP"), [], r"1\.png is a WEBP file"),
     "colours without a table": (
         lambda root: put_pairs(root, COLOURED),

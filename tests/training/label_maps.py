@@ -63,18 +63,44 @@ def palette_image(labels: np.ndarray, *colours: tuple[int, int, int]) -> Image.I
     return image
 
 
-def grey_png(labels: np.ndarray, bits: int) -> bytes:
-    """A PNG of grey in fewer than 8 bits, which Pillow reads but does not write."""
+def _rows(labels: np.ndarray, bits: int) -> np.ndarray:
+    """Each row in fewer than 8 bits a pixel."""
     weights = 1 << np.arange(8 - bits, -1, -bits)
     padded = np.pad(labels, ((0, 0), (0, -labels.shape[1] % (8 // bits))))
-    rows = (padded.reshape(len(labels), -1, 8 // bits) * weights).sum(2).astype(np.uint8)
+    return (padded.reshape(len(labels), -1, 8 // bits) * weights).sum(2).astype(np.uint8)
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", labels.shape[1], labels.shape[0], bits, 0, 0, 0, 0)
-    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+def grey_tiff(labels: np.ndarray, bits: int, white_is: int = 1) -> bytes:
+    """A TIFF of grey in few bits; with white_is=0 its numbers are inverted."""
+    data = (labels if bits == 8 else _rows(labels, bits)).tobytes()
+    height, width = labels.shape
+    entries = [
+        (256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, white_is), (273, 4, 200),
+        (277, 3, 1), (278, 4, height), (279, 4, len(data)),
+    ]  # fmt: skip
+    body = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries)
+    return (b"II*\0" + struct.pack("<IH", 8, len(entries)) + body + bytes(4)).ljust(200, b"\0") + data
+
+
+def grey_png(labels: np.ndarray, bits: int) -> bytes:
+    """A PNG of grey in fewer than 8 bits, which Pillow reads but does not write."""
+    rows = _rows(labels, bits)
+
+    return _png(labels.shape, bits, 0, b"".join(b"\0" + row.tobytes() for row in rows))
+
+
+def rgb_16(labels: np.ndarray) -> bytes:
+    """A PNG of grey in three channels of 16 bits."""
+    rows = np.stack([labels] * 3, axis=2).astype(">u2")
+    return _png(labels.shape, 16, 2, b"".join(b"\0" + row.tobytes() for row in rows))
+
+
+def _png(shape: tuple[int, int], bits: int, kind: int, rows: bytes) -> bytes:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", shape[1], shape[0], bits, kind, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def five_bands() -> bytes:

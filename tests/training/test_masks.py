@@ -11,6 +11,7 @@ from PIL import Image
 
 from nat_models.errors import UserError
 from nat_models.training.mask_files import MaskFile, read_header
+from nat_models.training.mask_sets import read_image
 from nat_models.training.mask_values import MaskReading
 from nat_models.training.masks import histogram, read_mask_data
 from tests.training.label_maps import (
@@ -20,6 +21,7 @@ from tests.training.label_maps import (
     RED,
     exif,
     grey_png,
+    grey_tiff,
     palette_image,
     picture,
     put,
@@ -32,7 +34,8 @@ ENCODINGS = {
     "grey.png": LABELS,
     "grey.tif": LABELS,
     "grey.bmp": LABELS,
-    "grey.pgm": LABELS,
+    "two bits.tif": grey_tiff(LABELS, 2),
+    "four bits.tif": grey_tiff(LABELS, 4),
     "palette.png": palette_image(LABELS, (9, 9, 9), RED, GREEN),
     "palette.gif": palette_image(LABELS, (9, 9, 9), RED, GREEN),
     "two bits.png": grey_png(LABELS, 2),
@@ -208,21 +211,23 @@ def test_ids_that_are_permuted_with_their_names_change_nothing(tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("lies", ["shown", "stored", "of its own"])
-def test_a_mask_lies_on_its_upright_image(tmp_path, orientation, lies):
+@pytest.mark.parametrize("kinds", [("png", "png"), ("tif", "png"), ("jpg", "tif"), ("tif", "tif")])
+def test_a_mask_lies_on_its_upright_image(tmp_path, orientation, lies, kinds):
     turned = ORIENTED[orientation]
     pixels = np.asarray(picture(1))
     for i in range(3):
         shifted = np.roll(pixels, i, axis=1)
-        put(tmp_path / f"images/{i}.png", Image.fromarray(turned(shifted).copy()), exif=exif(orientation))
+        put(tmp_path / f"images/{i}.{kinds[0]}", Image.fromarray(turned(shifted).copy()), exif=exif(orientation))
         own = dict(exif=exif(orientation)) if lies == "of its own" else {}
-        put(tmp_path / f"masks/{i}.png", (LABELS if lies == "shown" else turned(LABELS)).copy(), **own)
+        put(tmp_path / f"masks/{i}.{kinds[1]}", (LABELS if lies == "shown" else turned(LABELS)).copy(), **own)
     told = lies == "of its own" or orientation in (1, 5, 6, 7, 8)  # by sizes; otherwise somebody has to say
     if not told:
         with pytest.raises(UserError, match=r"fits .* as it is stored and as its EXIF .*: say with mask_orientation"):
             read_mask_data(tmp_path)
     data = read_mask_data(tmp_path, mask_orientation="auto" if told else lies)
-    for mask in data.parts["train"].masks:
+    for image, mask in zip(data.parts["train"].images, data.parts["train"].masks, strict=True):
         assert np.array_equal(data.reading.read(mask), LABELS)
+        assert read_image(image, 3).shape[1:] == LABELS.shape
 
 
 def test_a_mask_is_not_laid_otherwise_than_was_said(tmp_path):
@@ -350,3 +355,41 @@ def test_a_digest_changes_with_names_parts_and_labels(tmp_path):
     ]
     assert digest() == digest()
     assert len({digest(), *changed}) == 5
+
+
+def test_what_cannot_be_read_is_left_out_and_counted_on_request(tmp_path):
+    root = put_pairs(tmp_path, count=10)
+    put(root / "masks/1.png", b"")
+    put(root / "images/2.png", b"")
+    with pytest.raises(UserError, match=r"1\.png cannot .*2\.png cannot be read .* \(2 of 10 images and masks\)$"):
+        read_mask_data(root)
+    with pytest.raises(UserError, match=r"\(2 of 10 images and masks\); unreadable_limit is 10\.00%$"):
+        read_mask_data(root, skip_unreadable=True, unreadable_limit=0.1)
+    data = read_mask_data(root, skip_unreadable=True, unreadable_limit=0.2)
+    assert sum(len(part) for part in data.parts.values()) == 8
+    assert any(line.startswith("left out: 2 of 10 images, which cannot be read, such as") for line in data.notes)
+    put(root / "masks/3.png", LABELS[:-1].copy())
+    with pytest.raises(UserError, match=r"masks/3\.png has 40 x 31 pixels, and .* 40 x 32\.$"):
+        read_mask_data(root, skip_unreadable=True, unreadable_limit=0.9)
+
+
+def test_classes_have_the_indices_that_a_model_gave_them(tmp_path):
+    root = put_pairs(tmp_path, np.array([5, 3, 255], np.uint8)[LABELS])
+    table = tmp_path / "classes.json"
+    table.write_text('{"values": {"5": "ground", "3": "road", "9": "sky"}}')
+    model = ["sky", "road", "sea", "ground"]
+    data = read_mask_data(root, names=model, allow_empty=True)
+    assert data.names == model
+    assert np.array_equal(data.reading.read(data.parts["train"].masks[0]), np.array([3, 1, 255])[LABELS])
+    with pytest.raises(UserError, match="that the model lacks: ground, road; it has sky, sea"):
+        read_mask_data(root, names=["sky", "sea"], allow_empty=True)
+    table.unlink()
+    put_pairs(tmp_path)
+    data = read_mask_data(root, names=model, allow_empty=True)
+    assert np.array_equal(data.reading.read(data.parts["train"].masks[0]), LABELS)
+
+
+def test_colours_to_draw_with_follow_the_indices_of_the_model(tmp_path):
+    root = put_pairs(tmp_path, np.array([(0, 0, 0), RED, GREEN], np.uint8)[LABELS])
+    (root / "classes.json").write_text('{"colours": {"#000000": "ground", "#ff0000": "road", "#008000": "sky"}}')
+    assert read_mask_data(root, names=["sky", "road", "ground"]).colours == [GREEN, RED, (0, 0, 0)]
