@@ -77,9 +77,9 @@ def fuse(model: _Model, *, freezing: bool = False) -> _Model:
     """Folds what is linear into the weights next to it; returns a copy in evaluation mode.
 
     Layer scale moves into the projection it follows, the scale of the logits into the rows of the query projection, a
-    segmenter's BatchNorm into its convolution, and convolutions keep their weights channels last. The copy is a model of
-    the same class and computes the same function, up to rounding in its dtype; its state dict no longer has the published
-    keys. The given model is left as it is.
+    segmenter's BatchNorm into its convolution, and convolutions keep their weights channels last. The copy is a model
+    of the same class and computes the same function, up to rounding in its dtype; its state dict no longer has the
+    published keys. The given model is left as it is.
 
     Args:
         model: A NAT or any module that has NAT blocks inside, a features_only one or a segmentation model say.
