@@ -27,6 +27,7 @@ COMMANDS = {
     "picture": "draw features: principal components, or a map by class",
     "attention": "draw where a token of an image looks, per level and head",
     "convert": "convert a checkpoint between timm's, transformers' and the authors' form",
+    "complexity": "count a network's parameters, FLOPs and MACs, as the papers do",
     "export": "write a model to one file that runs without this package",
     "push": "publish a model in a repository of the Hugging Face Hub, with a model card",
     "weights": "list published weights: size, top-1, licence, and what is cached",

@@ -1,15 +1,15 @@
 """One file that runs a model without this package: ONNX, torch.export, AOTInductor or TorchScript.
 
-The file maps "image", [B, C, H, W] in float32, to "logits", [B, num_classes] in float32, for any B. Its metadata holds
-"model", "preprocessing" (JSON) and "label_names" (a JSON list, empty if unknown): metadata_props in ONNX, extra files
-in pt2 and TorchScript, get_metadata() of an AOTInductor package.
+The file maps "image", [B, C, H, W] in float32, to "logits", [B, num_classes] in float32, for any B; of a UPerNet
+[B, num_classes, H, W]. Its metadata holds "model", "preprocessing" (JSON) and "label_names" (a JSON list, empty if
+unknown): metadata_props in ONNX, extra files in pt2 and TorchScript, get_metadata() of an AOTInductor package.
 """
 
 import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,10 +19,12 @@ from torch.export import Dim, ExportedProgram
 
 from .checkpoints.saving import label_names
 from .errors import UserError, missing_extra, require
+from .networks.upernet import UPerNet
 from .ops import use_backend
 
 OPSET = 25  # the newest that torch's exporter writes and onnxruntime reads
 KEYS = ("model", "preprocessing", "label_names")
+_SEGMENTED_SIZE = 512  # px, what UPerNet was trained at
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Largest difference that a check accepts, by the dtype of the computation and divided by max(1, largest logit). In
 # float32 sums are in another order; in the others, dozens of layers round to 11 and 8 bits.
@@ -44,7 +46,8 @@ class LowPrecisionWeights(LowPrecision):
     """The same with the computation in float32, for runtimes that have no kernels for less."""
 
     def forward(self, image: Tensor) -> Tensor:
-        weights = {name: weight.float() for name, weight in self.model.named_parameters()}
+        tensors = self.model.state_dict(keep_vars=True)
+        weights = {name: x.float() for name, x in tensors.items() if x.is_floating_point()}
         return torch.func.functional_call(self.model, weights, (image,))
 
 
@@ -181,18 +184,23 @@ def export(
     dynamic_size: bool = False,
     dtype: str = "float32",
     check: bool = False,
+    preprocessing: Mapping | None = None,
+    labels: Sequence[str] | None = None,
 ) -> None:
     """Writes the file and, if asked to, compares what it computes with the model.
 
     Args:
-        model: A timm model in evaluation; with another dtype than float32, its weights are changed.
+        model: A timm model, or a UPerNet, in evaluation; with another dtype than float32, its weights are changed.
         output: The file to write; ends in the format's suffix.
         format: onnx, pt2, aoti or torchscript.
         name: What the metadata call the model.
-        img_size: Height and width; None means the model's.
-        dynamic_size: Take any height and width from 32 px (TorchScript always does, AOTInductor never).
+        img_size: Height and width; None means the model's, of a UPerNet 512 px.
+        dynamic_size: Take any height and width from 32 px, of a UPerNet 33 px (TorchScript always does, AOTInductor
+            never).
         dtype: Of the weights: float32, bfloat16 or float16. ONNX computes in float32 all the same.
         check: Load the file, run it, and print the largest difference.
+        preprocessing: What the metadata say of it beside "input_size"; None means what the model says.
+        labels: What the metadata call the classes; None means what the model says.
 
     Raises:
         UserError: The output is none for the format, a package is missing, or the check fails.
@@ -200,10 +208,19 @@ def export(
     check_output(output, format, dynamic_size)
     suffix, write, load = FORMATS[format]
     require("timm", "1.0.31", "nat_models.export")
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     from timm.data.model_config import resolve_input_data_config
 
-    data_config = resolve_input_data_config(model, dict(img_size=img_size))
-    values = (name, json.dumps(data_config), json.dumps(label_names(model)))
+    if isinstance(model, UPerNet):
+        data_config = dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, interpolation="bilinear")
+        side = _SEGMENTED_SIZE if img_size is None else img_size
+        data_config["input_size"] = (model.backbone.in_chans, side, side)
+        own_labels = []
+    else:
+        data_config = resolve_input_data_config(model, dict(img_size=img_size))
+        own_labels = label_names(model)
+    data_config = {**data_config, **(preprocessing or {})}
+    values = (name, json.dumps(data_config), json.dumps(own_labels if labels is None else list(labels)))
     metadata = dict(zip(KEYS, values, strict=True))
     computed = weights = DTYPES[dtype]
     if weights != torch.float32 and format == "onnx":

@@ -1,4 +1,4 @@
-"""The operator's cost as fvcore and deepspeed count it."""
+"""What networks cost as the papers count, and the operator's cost as fvcore and deepspeed count it."""
 
 import subprocess
 import sys
@@ -10,7 +10,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nat_models import NeighborhoodAttention1d, na2d
-from nat_models.complexity import fvcore_handles, tell_counters
+from nat_models.cli import main
+from nat_models.complexity import count, fvcore_handles, tell_counters
+from nat_models.networks.upernet import PUBLISHED, upernet
 from nat_models.ops import use_backend
 from tests.ops.conftest import make_inputs
 
@@ -77,3 +79,89 @@ def test_counters_are_told_and_never_imported():
     code = "import sys, timm, nat_models; timm.create_model('nat_mini', device='meta'); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"fvcore", "deepspeed"} & set(loaded)
+
+
+# Parameters in M, GFLOPs: NAT's of arXiv:2204.07143, DiNAT's and DiNAT_s' of arXiv:2209.15001.
+SYSTEMS = {
+    "nat_mini": (50, 900),
+    "nat_tiny": (58, 934),
+    "nat_small": (82, 1010),
+    "nat_base": (123, 1137),
+    "dinat_mini": (50, 900),
+    "dinat_tiny": (58, 934),
+    "dinat_small": (82, 1010),
+    "dinat_base": (123, 1137),
+    "dinat_large": (238, 2335),
+    "dinat_s_tiny": (60, 941),
+    "dinat_s_small": (81, 1030),
+    "dinat_s_base": (121, 1173),
+    "dinat_s_large": (234, 2465),  # 2465.35; the paper prints 2466
+}
+
+
+def _rows(printed: str) -> dict[str, list[str]]:
+    """By the network's name, its columns: height, "x", width, parameters in M, GFLOPs, GMACs."""
+    rows = {}
+    for line in printed.splitlines()[1:]:
+        words = line.split()
+        rows[" ".join(words[:-6])] = words[-6:]
+    return rows
+
+
+def test_the_systems_of_the_papers_cost_what_the_papers_print(capsys):
+    assert main(["complexity", "upernet"]) == 0
+    rows = _rows(capsys.readouterr().out)
+    found = {name: (round(float(row[3])), round(float(row[4]))) for name, row in rows.items()}
+    assert found == {f"upernet {name}": figures for name, figures in SYSTEMS.items()}
+    assert set(SYSTEMS) == set(PUBLISHED)
+
+
+def test_any_network_at_any_size(capsys):
+    assert main(["complexity", "nat_tiny", "vitrpb_small", "--img-size", "224"]) == 0
+    rows = _rows(capsys.readouterr().out)
+    assert [(row[0], row[2], float(row[3]), round(float(row[5]), 1)) for row in rows.values()] == [
+        ("224", "224", 27.902, 4.3),
+        ("224", "224", 22.08, 4.6),
+    ]
+    assert main(["complexity", "upernet", "nat_tiny", "--img-size", "96", "160", "--num-classes", "2"]) == 0
+    ((height, _, width, parameters, flops, macs),) = _rows(capsys.readouterr().out).values()
+    assert (height, width) == ("96", "160") and float(parameters) < 57.697
+    model = upernet("nat_tiny", 2).eval()
+    assert float(macs) == pytest.approx(_macs(model, torch.zeros(1, 3, 96, 160)) / 1e9, abs=0.005)
+    assert float(flops) > float(macs)
+
+
+def test_flops_are_fvcores():
+    fvcore = pytest.importorskip("fvcore.nn", reason="fvcore is not installed")
+    model = upernet("dinat_mini", 5, 16, embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8)).eval()
+    image = torch.zeros(1, 3, 24, 24)  # all levels smaller than the window: of larger ones a trace pads a token more
+    analysis = fvcore.FlopCountAnalysis(model, image).set_op_handle(**fvcore_handles)
+    by_operator = analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).by_operator()
+    pooling = by_operator["adaptive_avg_pool2d"]  # which the papers' figures are without, as far as they are printed
+    assert count(model, image.shape[1:]).flops == sum(by_operator.values()) - pooling
+
+
+def test_counting_needs_no_extra():
+    extras = ["fvcore", "accelerate", "matplotlib", "rich", "torchmetrics", "transformers"]
+    code = (
+        f"import sys\nfor name in {extras}: sys.modules[name] = None\n"
+        "from nat_models.cli import main; sys.exit(main(['complexity', 'upernet', 'nat_mini']))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert _rows(run.stdout)["upernet nat_mini"][3:] == ["49.780", "900.44", "898.60"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["upernet", "nat_tny"], "Unknown backbone 'nat_tny', near to nat_tiny"),
+        (["upernet", "nat_isotropic_small"], "maps at strides"),
+        (["nat_tiny", "--img-size", "1", "2", "3"], "--img-size takes a height and a width, got 3 numbers."),
+        (["nat_tny"], "Unknown model 'nat_tny'"),
+    ],
+)
+def test_what_cannot_be_counted_is_one_line(argv, message, capsys):
+    assert main(["complexity", *argv]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

@@ -10,9 +10,13 @@ import torch
 from timm.models import save_for_hf
 
 import nat_models.export as exporting
+from nat_models import fuse
 from nat_models.cli import main
+from nat_models.networks.upernet import PyramidPool, upernet
+from nat_models.training.segmenters import Segmenter, save_segmenter
 from tests.conftest import assert_same_logits
 
+TINY = dict(embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8))
 NETWORKS = ["nat_mini", "nat_tiny", "nat_small", "nat_base"]
 
 
@@ -116,3 +120,67 @@ def test_bad_arguments_are_named(flags, message, capsys, tmp_path, monkeypatch):
     assert main(["export", "--no-pretrained", *flags]) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def _segmenter_folder(folder: Path) -> Path:
+    """A small segmenter in a folder, as a run leaves one; its BatchNorms have seen something."""
+    about = Segmenter("dinat_mini", TINY, 16, ["sky", "sea"], [(0, 0, 255), (0, 99, 0)], [0.5] * 3, [0.2] * 3, 64, 256)
+    network = about.make_network().eval()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.5)
+            module.running_var.uniform_(0.5, 2)
+    folder.mkdir()
+    save_segmenter(network, folder, about)
+    return folder
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2", "torchscript"])
+def test_one_file_is_the_segmenter_at_every_batch_and_size(format, tmp_path, monkeypatch, capsys):
+    if format == "onnx":
+        pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    folder, (suffix, _, load) = _segmenter_folder(tmp_path / "run"), exporting.FORMATS[format]
+    path, flags = tmp_path / f"segmenter{suffix}", ["--img-size", "64", "--dynamic-size", "--check"]
+    assert main(["export", "--model", str(folder), "--format", format, "--output", str(path), *flags]) == 0
+    assert "largest difference at 64x64, 160x288, 96x96, 75x107: " in capsys.readouterr().out
+    exported = load(path)
+    assert json.loads(exported.metadata["label_names"]) == ["sky", "sea"]
+    preprocessing = json.loads(exported.metadata["preprocessing"])
+    assert (preprocessing["mean"], preprocessing["short_side"], preprocessing["input_size"]) == (
+        [0.5] * 3,
+        64,
+        [3, 64, 64],
+    )
+    image = torch.randn(2, 3, 33, 130)
+    assert exported.run(image).shape == (2, 2, 33, 130)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "form"), [("nat_mini", lambda x: x), ("nat_tiny", fuse)])
+def test_one_onnx_file_is_the_published_segmenter_at_every_size(name, form, tmp_path):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    model, path = form(upernet(name).eval()), tmp_path / "model.onnx"
+    with torch.no_grad():
+        # Logits of size 1 or more, for which a difference of 1e-3 says something.
+        model.decode_head.conv_seg.weight.div_(model(torch.randn(1, 3, 96, 128)).std())
+        exporting.export(model, path, format="onnx", name=name, dynamic_size=True)
+        run = exporting.load_onnx(path).run
+        for size in ((512, 512), (480, 640), (96, 128)):
+            image = torch.randn(1, 3, *size)
+            torch.testing.assert_close(run(image), model(image), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("bins", [1, 2, 3, 6])
+@pytest.mark.parametrize("size", [(1, 2), (4, 7), (16, 25)])
+def test_pooling_for_an_export_is_adaptive_pooling(bins, size, monkeypatch):
+    x, pool = torch.randn(2, 3, *size), PyramidPool(bins)
+    expected = pool(x)
+    monkeypatch.setattr("nat_models.networks.upernet.is_exporting", lambda: True)
+    monkeypatch.setattr(torch.nn.functional, "adaptive_avg_pool2d", lambda *args: pytest.fail("it ran"))
+    torch.testing.assert_close(pool(x), expected)
+
+
+def test_a_segmenters_folder_says_what_it_is(tmp_path, capsys):
+    folder = _segmenter_folder(tmp_path / "run")
+    assert main(["export", "--model", str(folder), "--num-classes", "3"]) == 2
+    assert "--num-classes is not for a segmenter" in capsys.readouterr().err

@@ -7,17 +7,24 @@ pt2          torch.export: torch.export.load("nat_tiny.pt2").module()
 aoti         compiled by AOTInductor for this machine: torch._inductor.aoti_load_package("nat_tiny.pt2")
 torchscript  a trace: torch.jit.load("nat_tiny.pt")
 
-The file maps "image", [B, C, H, W] in float32, to "logits", [B, num_classes] in float32, for any B. H and W are those
-of --img-size, or any from 32 px with --dynamic-size (TorchScript: always any; AOTInductor: never). Its metadata holds
-"model", "preprocessing" (JSON) and "label_names" (a JSON list, empty if unknown): metadata_props in ONNX, extra files
-in pt2 and TorchScript, get_metadata() of an AOTInductor package.
+A folder of a segmenter is exported whole, to the logits of each pixel.
+
+The file maps "image", [B, C, H, W] in float32, to "logits", [B, num_classes] in float32, for any B; of a segmenter
+[B, num_classes, H, W]. H and W are those of --img-size, or any from 32 px, of a segmenter from 33 px, with
+--dynamic-size (TorchScript: always any; AOTInductor: never). Its metadata holds "model", "preprocessing" (JSON) and
+"label_names" (a JSON list, empty if unknown): metadata_props in ONNX, extra files in pt2 and TorchScript,
+get_metadata() of an AOTInductor package.
 """
 
 import argparse
 from pathlib import Path
 
+from torch import nn
+
+from ..errors import UserError
 from ..export import DTYPES, FORMATS, check_output, export
 from ..training.models import add_model_flags, model_from_flags
+from ..training.segmenters import is_segmenter, load_segmenter
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +43,9 @@ def run(args: argparse.Namespace) -> None:
     if output is None:
         output = Path(f"{args.model.rpartition('/')[2]}{FORMATS[args.format][0]}")
     check_output(output, args.format, args.dynamic_size)  # better known before weights are loaded
+    model, about = _model(args)
     export(
-        model_from_flags(args, args.num_classes),
+        model,
         output,
         format=args.format,
         name=args.model,
@@ -45,4 +53,19 @@ def run(args: argparse.Namespace) -> None:
         dynamic_size=args.dynamic_size,
         dtype=args.dtype,
         check=args.check,
+        **about,
     )
+
+
+def _model(args: argparse.Namespace) -> tuple[nn.Module, dict]:
+    """The model, and what its file says of it where the model itself does not."""
+    folder = Path(args.model)
+    if not is_segmenter(folder):
+        return model_from_flags(args, args.num_classes), {}
+    given = (args.num_classes, args.checkpoint, args.model_kwargs or None)
+    for flag, value in zip(("--num-classes", "--checkpoint", "--model-kwargs"), given, strict=True):
+        if value is not None:
+            raise UserError(f"{flag} is not for a segmenter: {folder} says what it is.")
+    network, about = load_segmenter(folder)
+    kept = ("mean", "std", "short_side", "long_side")
+    return network, dict(preprocessing={key: getattr(about, key) for key in kept}, labels=about.classes)

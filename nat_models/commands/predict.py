@@ -1,10 +1,17 @@
-"""Names the classes of images.
+"""Names the classes of images, or of their pixels where the model is a segmenter.
 
     nat-models predict --model output/best photo.jpg more_photos/
     find . -name '*.jpg' | nat-models predict --model output/best - --format jsonl
 
 Takes files, folders, tables, shards, or - for a path per line on standard input. Lines come as soon as their batch is
 done. --sort-into DIR copies each image into DIR/CLASS/.
+
+    nat-models predict --model output photo.jpg more_photos/ --output segmented
+
+Of a segmenter, a run's folder that `train --task segment` wrote, the output is a folder: masks/ holds label maps, PNG
+files of 8 bits whose values are the classes, overlays/ pictures to look at, and areas.csv pixels and percent of each
+class. --tile 1024 sees a large image at its own resolution, in tiles that overlap, in memory that does not grow with
+it.
 """
 
 import argparse
@@ -36,8 +43,10 @@ from ..training.models import (
     probability,
     readable,
 )
+from ..training.segmenters import is_segmenter
 from ..training.splits import find_images
 from ..writing import writing
+from .predict_masks import predict_masks
 
 UNSURE = "_unsure"
 _CHUNK = 64  # batches of paths from standard input for which workers are started; without workers it is one
@@ -51,14 +60,26 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--top-k", type=positive, default=5, help="classes per image, the most probable ones")
     add("--threshold", type=probability, default=0.5, help="for models of several labels: all classes above it")
     add("--format", choices=("table", "csv", "jsonl"), default="table")
-    add("--output", type=Path, help="file to write; by default standard output")
+    add("--output", type=Path, help="file to write; by default standard output. Of a segmenter a folder, segmented/")
     add("--sort-into", type=Path, metavar="DIR", help="copy each image into a folder of its class")
     add("--min-probability", type=probability, default=0.0, help="with --sort-into: less sure ones go into DIR/_unsure")
+    add("--tile", type=positive, metavar="PX", help="of a segmenter: see images in tiles of this side")
+    add("--multi-scale", action="store_true", help="of a segmenter: the mean of 6 sizes, each also mirrored")
     add_computing_flags(parser, workers=0)
 
 
+_OF_CLASSIFIERS = ("top_k", "threshold", "format", "sort_into", "min_probability", "img_size", "crop_pct")
+_OF_CLASSIFIERS += ("interpolation", "checkpoint", "model_kwargs", "pretrained")
+_OF_SEGMENTERS = ("tile", "multi_scale")
+
+
 def run(args: argparse.Namespace) -> None:
+    segments = is_segmenter(Path(args.model))
+    _refuse(args, _OF_CLASSIFIERS if segments else _OF_SEGMENTERS, "a segmenter" if segments else "a classifier")
     chunks = _chunks(args)  # better known before weights are loaded
+    if segments:
+        predict_masks(args, chunks)
+        return
     model = model_from_flags(args, None)
     names, skipped, count = class_names(model), [], 0
     folders = {} if args.sort_into is None else _folders(names)
@@ -74,6 +95,14 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"None of the {len(skipped)} images can be read.")
     if skipped:
         print(f"skipped {len(skipped)} images that cannot be read", file=sys.stderr)
+
+
+def _refuse(args: argparse.Namespace, names: Sequence[str], model: str) -> None:
+    """Flags that do nothing for this kind of model, where they are given."""
+    add_flags(parser := argparse.ArgumentParser())
+    for name in names:
+        if getattr(args, name) != parser.get_default(name):
+            raise UserError(f"--{name.replace('_', '-')} is not for {model}, as {args.model} is one.")
 
 
 def _chunks(args: argparse.Namespace) -> Iterator[Sequence[Encoded]]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checkpoints.segmentation import fit_upernet, num_classes_of, read_upernet
+from ..ops.tracing import is_converting, is_exporting
 
 POOL_SIZES = (1, 2, 3, 6)
 _AUXILIARY_CHANNELS = 256
@@ -51,6 +52,25 @@ class ConvBlock(nn.Sequential):
         self.act = nn.ReLU(inplace=True)
 
 
+class PyramidPool(nn.AdaptiveAvgPool2d):
+    """[B, C, H, W] -> [B, C, n, n], the means of n x n bins; an exported graph does it for any H and W."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (is_exporting() or is_converting()):
+            return super().forward(x)
+        # ONNX has no such pooling for a size that is not known: as products with matrices that grow with the map.
+        rows, cols = (_pooling(n, self.output_size, x) for n in x.shape[2:])
+        return rows @ x @ cols.mT
+
+
+def _pooling(length: int, bins: int, like: Tensor) -> Tensor:
+    """[bins, length] that takes means: bin i is from floor(i * length / bins) to ceil((i + 1) * length / bins)."""
+    position = torch.arange(length, device=like.device)
+    edge = torch.arange(bins, device=like.device)[:, None] * length
+    inside = ((position + 1) * bins > edge) & (position * bins < edge + length)  # the same without a division
+    return inside.to(like.dtype) / inside.sum(1, keepdim=True).to(like.dtype)
+
+
 def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(x, size, mode="bilinear", align_corners=False)
 
@@ -69,7 +89,7 @@ class UPerHead(nn.Module):
         super().__init__()
         last = in_chans[-1]
         self.psp_modules = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(size), ConvBlock(last, channels, 1)) for size in POOL_SIZES
+            nn.Sequential(PyramidPool(size), ConvBlock(last, channels, 1)) for size in POOL_SIZES
         )
         self.bottleneck = ConvBlock(last + len(POOL_SIZES) * channels, channels, 3)
         self.lateral_convs = nn.ModuleList(ConvBlock(n, channels, 1) for n in in_chans[:-1])

@@ -65,6 +65,20 @@ def is_segmenter(folder: Path) -> bool:
     return _find(folder) is not None
 
 
+def segmenter_of(folder: Path) -> Segmenter:
+    """What a folder says of its segmenter, without the weights; of a run's folder its best/.
+
+    Raises:
+        UserError: The folder holds no segmenter.
+    """
+    found = _find(folder)
+    if found is None:
+        raise UserError(f"{folder} holds no segmenter: a folder that `train --task segment` wrote, or best/ in it.")
+    config = json.loads((found / "config.json").read_text())
+    del config["architecture"]
+    return Segmenter(**config)
+
+
 def load_segmenter(folder: Path) -> tuple[UPerNet, Segmenter]:
     """The network in evaluation, and what its folder says of it; of a run's folder its best/.
 
@@ -72,14 +86,9 @@ def load_segmenter(folder: Path) -> tuple[UPerNet, Segmenter]:
         UserError: The folder holds no segmenter.
         CheckpointError: The weights cannot be read, or do not fit.
     """
-    found = _find(folder)
-    if found is None:
-        raise UserError(f"{folder} holds no segmenter: a folder that `train --task segment` wrote, or best/ in it.")
-    config = json.loads((found / "config.json").read_text())
-    del config["architecture"]
-    about = Segmenter(**config)
+    about = segmenter_of(folder)
     kwargs = dict(num_classes=len(about.classes), channels=about.channels)
-    network = upernet(about.backbone, weights=found / "model.safetensors", **kwargs, **about.backbone_kwargs)
+    network = upernet(about.backbone, weights=_find(folder) / "model.safetensors", **kwargs, **about.backbone_kwargs)
     return network.eval(), about
 
 
