@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..networks.upernet import UPerNet, upernet
 
 _ARCHITECTURE = "upernet"
+_ANY = 1_000_000  # px, longer than any image
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Segmenter:
         mean: Subtracted from each channel of an image whose values are 0 to 1.
         std: Each channel is then divided by it.
         short_side: Images are resized for a test so that their short side is this many pixels; None leaves them.
-        long_side: And so that their long side is at most this many.
+        long_side: And so that their long side is at most this many; of use beside short_side alone.
     """
 
     backbone: str
@@ -45,7 +46,7 @@ class Segmenter:
         """Long and short side of the box that images are fitted into for a test; None leaves them as they are."""
         if self.short_side is None:
             return None
-        return (1_000_000 if self.long_side is None else self.long_side), self.short_side
+        return (_ANY if self.long_side is None else self.long_side), self.short_side
 
     def make_network(self) -> UPerNet:
         """The network, with random weights."""

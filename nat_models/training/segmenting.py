@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..networks.upernet import UPerNet
 from .decoding import Encoded, decode, describe
+from .mask_sets import fitted
 from .models import PRECISIONS
 from .segmenters import Segmenter
 
@@ -34,13 +35,7 @@ def scaled_size(height: int, width: int, about: Segmenter, factor: float = 1.0) 
         about: Says how long the short and the long side may be.
         factor: Of both.
     """
-    scales = []
-    if about.short_side is not None:
-        scales.append(about.short_side / min(height, width))
-    if about.long_side is not None:
-        scales.append(about.long_side / max(height, width))
-    scale = min(scales, default=1.0) * factor
-    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+    return fitted((height, width), about.scale, factor)
 
 
 @torch.inference_mode()
