@@ -1,4 +1,4 @@
-"""Evaluates one checkpoint or several on labelled images.
+"""Evaluates one checkpoint or several on labelled images, or segmenters on images with masks.
 
     nat-models evaluate --model output/best --data images [--split val] --output report
 
@@ -10,6 +10,8 @@ used, and classes are matched by name. The output folder gets
     confusion.csv, confusion.png
     mistakes.csv, mistakes.png   what was named wrongly, the surest first
     reliability.png              how often predictions of a confidence are right
+
+Of segmenters: metrics.json and per_class.csv, with mean IoU and pixel accuracies at the images' original sizes.
 
 Of several models each gets a folder of its own, and comparison.csv stands beside them. ImageNet's validation images
 lie in a folder per synset (n01440764/...); --labels-real takes real.json of arXiv:2006.07159.
@@ -40,12 +42,15 @@ from ..training.models import (
     parse_model_kwargs,
     positive,
     published_as,
+    refuse_flags,
     resolve_name,
 )
 from ..training.report import console
+from ..training.segmenters import is_segmenter
 from ..training.splits import Part, read_part
 from ..training.tables import Columns
 from ..writing import write_atomically, writing
+from .evaluate_masks import evaluate_masks
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +73,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--img-size", type=positive, help="height and width; the model's by default")
     add_preprocessing_flags(parser)
     add("--labels-real", type=Path, metavar="FILE", help="real.json, for ImageNet's validation images")
+    add("--tile", type=positive, metavar="PX", help="of a segmenter: see images in tiles of this side")
+    add("--multi-scale", action="store_true", help="of a segmenter: the mean of 6 sizes, each also mirrored")
+    add("--classes", help="of a segmenter: a file that names the values of masks")
+    add("--mask-values", help="of a segmenter: values that mean another one, as in 255:1")
+    add("--reduce-zero-label", action="store_true", help="of a segmenter: 0 is ignored, the others move down by one")
     add_computing_flags(parser)
+
+
+_OF_SEGMENTERS = ("tile", "multi_scale", "classes", "mask_values", "reduce_zero_label")
+_OF_CLASSIFIERS = ("pretrained", "checkpoint", "model_kwargs", "img_size", "crop_pct", "interpolation", "labels_real")
+_OF_CLASSIFIERS += tuple(f"{name}_column" for name in Columns._fields)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -76,14 +91,12 @@ def run(args: argparse.Namespace) -> None:
     if args.output is not None:
         with writing(args.output):
             args.output.mkdir(parents=True, exist_ok=True)
-    rows, images = [], None
-    for name, folder in folders.items():
-        model = _make_model(args, name)
-        part = _read(args, name, model)
-        if images not in (None, part.images):
-            raise UserError(f"The runs held out different parts of {args.data}: name --seed and --val-fraction.")
-        images = part.images
-        rows.append(_evaluate(args, name, model, part, folder))
+    segments = [is_segmenter(Path(name)) for name in args.model]
+    if any(segments) and not all(segments):
+        raise UserError("--model names segmenters and classifiers: evaluate them one kind at a time.")
+    wrong, kind = (_OF_CLASSIFIERS, "segmenters") if any(segments) else (_OF_SEGMENTERS, "classifiers")
+    refuse_flags(args, wrong, add_flags, kind)
+    rows = evaluate_masks(args, folders) if any(segments) else _evaluate_all(args, folders)
     shown = Table("", *[row["model"] for row in rows])
     for name in rows[0]:
         if name != "model":
@@ -94,6 +107,18 @@ def run(args: argparse.Namespace) -> None:
         if len(rows) > 1:
             write_atomically(args.output / "comparison.csv", table(rows))
         console.print(f"look at {args.output}")
+
+
+def _evaluate_all(args: argparse.Namespace, folders: dict[str, Path | None]) -> list[dict]:
+    rows, images = [], None
+    for name, folder in folders.items():
+        model = _make_model(args, name)
+        part = _read(args, name, model)
+        if images not in (None, part.images):
+            raise UserError(f"The runs held out different parts of {args.data}: name --seed and --val-fraction.")
+        images = part.images
+        rows.append(_evaluate(args, name, model, part, folder))
+    return rows
 
 
 def _folders(args: argparse.Namespace) -> dict[str, Path | None]:

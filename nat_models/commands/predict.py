@@ -42,6 +42,7 @@ from ..training.models import (
     positive,
     probability,
     readable,
+    refuse_flags,
 )
 from ..training.segmenters import is_segmenter
 from ..training.splits import find_images
@@ -75,7 +76,8 @@ _OF_SEGMENTERS = ("tile", "multi_scale")
 
 def run(args: argparse.Namespace) -> None:
     segments = is_segmenter(Path(args.model))
-    _refuse(args, _OF_CLASSIFIERS if segments else _OF_SEGMENTERS, "a segmenter" if segments else "a classifier")
+    wrong = _OF_CLASSIFIERS if segments else _OF_SEGMENTERS
+    refuse_flags(args, wrong, add_flags, f"a {'segmenter' if segments else 'classifier'}, as {args.model} is one")
     chunks = _chunks(args)  # better known before weights are loaded
     if segments:
         predict_masks(args, chunks)
@@ -95,14 +97,6 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"None of the {len(skipped)} images can be read.")
     if skipped:
         print(f"skipped {len(skipped)} images that cannot be read", file=sys.stderr)
-
-
-def _refuse(args: argparse.Namespace, names: Sequence[str], model: str) -> None:
-    """Flags that do nothing for this kind of model, where they are given."""
-    add_flags(parser := argparse.ArgumentParser())
-    for name in names:
-        if getattr(args, name) != parser.get_default(name):
-            raise UserError(f"--{name.replace('_', '-')} is not for {model}, as {args.model} is one.")
 
 
 def _chunks(args: argparse.Namespace) -> Iterator[Sequence[Encoded]]:

@@ -206,6 +206,14 @@ def add_model_flags(parser: argparse.ArgumentParser, default: str | None = "nat_
     add("--img-size", type=positive, help="height and width; the model's by default")
 
 
+def refuse_flags(args: argparse.Namespace, names: Iterable[str], add_flags: Callable, why: str) -> None:
+    """Raises a UserError for a flag of `names` that is given and does nothing here."""
+    add_flags(parser := argparse.ArgumentParser())
+    for name in names:
+        if getattr(args, name) != parser.get_default(name):
+            raise UserError(f"--{name.replace('_', '-')} is not for {why}.")
+
+
 def add_preprocessing_flags(parser: argparse.ArgumentParser) -> None:
     """What else of the preprocessing can be another than the model's."""
     interpolations = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")

@@ -236,17 +236,27 @@ class SegmentationMetrics(nn.Module):
             self.loss.update(loss)
 
     def compute(self) -> dict[str, float]:
-        matrix = self.confusion.compute().double()
-        right, true, predicted = matrix.diag(), matrix.sum(1), matrix.sum(0)
-        union = true + predicted - right
-        iou, accuracy = 100 * right / union, 100 * right / true
-        figures = dict(
-            val_loss=self.loss.compute().item(),
-            miou=iou[union > 0].mean().item(),
-            mean_accuracy=accuracy[true > 0].mean().item(),
-            pixel_accuracy=(100 * right.sum() / matrix.sum()).item(),
-        )
+        figures, (iou, _) = scores(self.confusion.compute())
+        figures = dict(val_loss=self.loss.compute().item(), **figures)
         if len(self.classes) > _LISTED:
             return figures
-        # Of a class that is in neither labels nor predictions there is nothing to say.
-        return figures | {f"iou {name}": value for name, value in zip(self.classes, iou.tolist(), strict=True)}
+        return figures | {f"iou {name}": value for name, value in zip(self.classes, iou, strict=True)}
+
+
+def scores(matrix: Tensor) -> tuple[dict[str, float], tuple[list[float], list[float]]]:
+    """Figures of a confusion matrix, [true, predicted] counts of pixels, in percent.
+
+    Returns:
+        miou, mean_accuracy and pixel_accuracy, as SegmentationMetrics says; IoU and accuracy of each class, nan for one
+        of which there is nothing to say: that is in neither labels nor predictions, or for accuracy not in labels.
+    """
+    matrix = matrix.double()
+    right, true, predicted = matrix.diag(), matrix.sum(1), matrix.sum(0)
+    union = true + predicted - right
+    iou, accuracy = 100 * right / union, 100 * right / true
+    figures = dict(
+        miou=iou[union > 0].mean().item(),
+        mean_accuracy=accuracy[true > 0].mean().item(),
+        pixel_accuracy=(100 * right.sum() / matrix.sum()).item(),
+    )
+    return figures, (iou.tolist(), accuracy.tolist())

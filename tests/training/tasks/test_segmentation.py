@@ -123,6 +123,20 @@ def test_it_learns_and_the_saved_network_scores_the_same(run, masks):
     assert metrics.compute()["miou"] == pytest.approx(rows[-1]["miou"], abs=1e-3)
 
 
+def test_the_command_scores_what_the_run_held_out(run, masks, tmp_path, capsys):
+    output, rows = run
+    report = tmp_path / "report"
+    given = ["--model", str(output / "last"), "--data", str(masks), "--output", str(report)]
+    assert main(["evaluate", *given]) == 0
+    told = json.loads((report / "metrics.json").read_text())
+    assert told["miou"] == pytest.approx(rows[-1]["miou"], abs=0.5) and told["images"] == 4
+    assert "red" in capsys.readouterr().out and (report / "per_class.csv").read_text().count("\n") == 4
+    assert main(["evaluate", *given, "--multi-scale"]) == 0
+    assert json.loads((report / "metrics.json").read_text())["multi_scale"] is True
+    assert main(["evaluate", *given, "--crop-pct", "0.5"]) == 2
+    assert "--crop-pct is not for segmenters" in capsys.readouterr().err
+
+
 def test_scores_are_of_the_original_size_whatever_the_network_sees(masks, tmp_path):
     task = Segmentation(settings_for(masks, tmp_path / "o", short_side=32))
     network = task.make_network(True).eval()

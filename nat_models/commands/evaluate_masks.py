@@ -1,0 +1,99 @@
+"""What `nat-models evaluate` does with segmenters: figures over the pixels of images at their original sizes."""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+import yaml
+from rich.table import Table
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from ..errors import UserError
+from ..training.evaluation import table
+from ..training.masks import MaskData, read_mask_data
+from ..training.report import console, track
+from ..training.segmenters import Segmenter, load_segmenter
+from ..training.segmenting import check_tile, read, segment
+from ..training.tasks.segmentation import IGNORED, scores
+from ..writing import write_atomically, writing
+
+_READING = ("classes", "reduce_zero_label", "mask_values", "group")  # of a run, how its masks are read
+
+
+def evaluate_masks(args: argparse.Namespace, folders: dict[str, Path | None]) -> list[dict]:
+    """Prints the figures of each class, writes metrics.json and per_class.csv where there are folders for them.
+
+    Args:
+        args: The command's.
+        folders: The segmenters, and where the report of each goes.
+
+    Raises:
+        UserError: The data are no images and masks of the segmenter's classes, or cannot be read.
+    """
+    check_tile(args.tile)
+    rows, images = [], None
+    for name, folder in folders.items():
+        network, about = load_segmenter(Path(name))
+        data, part = _read(args, name, about)
+        if images not in (None, data.parts[part].images):
+            raise UserError(f"The runs held out different parts of {args.data}: name --seed and --val-fraction.")
+        images = data.parts[part].images
+        rows.append(_evaluate(args, name, network.to(torch.device(args.device)), about, data, part, folder))
+    return rows
+
+
+def _read(args: argparse.Namespace, name: str, about: Segmenter) -> tuple[MaskData, str]:
+    """The images and masks to evaluate on, read as the run read its own, and the part of them."""
+    path = next((p / "config.yaml" for p in (Path(name), Path(name).parent) if (p / "config.yaml").is_file()), None)
+    run = {} if path is None else yaml.safe_load(path.read_text())
+    own = bool(run.get("data")) and Path(run["data"]).resolve() == args.data.resolve()
+    given = {key: run.get(key) for key in _READING} if own else {}
+    given |= {key: getattr(args, key) for key in ("classes", "mask_values") if getattr(args, key) is not None}
+    given["reduce_zero_label"] = bool(args.reduce_zero_label or given.get("reduce_zero_label"))
+    held_out = dict(val_fraction=run.get("val_fraction", 0.1), seed=run.get("seed", 0)) if own else {}
+    held_out |= {key: getattr(args, key) for key in ("val_fraction", "seed") if getattr(args, key) is not None}
+    # Of one folder without parts: what the run held out, or of other data all.
+    held_out.setdefault("val_fraction", None)
+    data = read_mask_data(
+        args.data, **held_out, **given, names=about.classes, allow_empty=True, skip_unreadable=args.skip_unreadable
+    )
+    part = args.split or "val"
+    if part not in data.parts:
+        raise UserError(f"{args.data} has no part {part}, only {', '.join(data.parts)}.")
+    for note in data.notes:
+        console.print(note)
+    return data, part
+
+
+def _evaluate(
+    args: argparse.Namespace, name: str, network, about: Segmenter, data: MaskData, part: str, folder: Path | None
+) -> dict:
+    confusion = MulticlassConfusionMatrix(len(about.classes), ignore_index=IGNORED)
+    pairs = data.parts[part]
+    options = dict(tile=args.tile, multi_scale=args.multi_scale, precision=args.precision)
+    for image, mask in track(list(zip(pairs.images, pairs.masks, strict=True)), name):
+        found = segment(network, about, read(image, about), name=image.name, **options)
+        confusion.update(torch.from_numpy(found)[None].long(), torch.from_numpy(data.reading.read(mask))[None].long())
+    matrix = confusion.compute().double()
+    if not matrix.sum():
+        raise UserError(f"No pixel of {args.data} is labelled: nothing can be measured.")
+    figures, each = scores(matrix)
+    per_class = [
+        {"class": label, "iou": iou, "accuracy": accuracy, "pixels": int(pixels)}
+        for label, iou, accuracy, pixels in zip(about.classes, *each, matrix.sum(1).tolist(), strict=True)
+    ]
+    shown = Table("class", "IoU", "accuracy", "pixels")
+    for row in per_class:
+        known = ["-" if math.isnan(row[key]) else f"{row[key]:.2f}" for key in ("iou", "accuracy")]
+        shown.add_row(row["class"], *known, f"{row['pixels']:,}")
+    console.print(shown)
+    result = dict(model=name, **figures, images=len(pairs))
+    if folder is not None:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            told = dict(result, data=str(args.data), split=part, device=args.device, **options)
+            write_atomically(folder / "metrics.json", json.dumps(told, indent=2))
+            write_atomically(folder / "per_class.csv", table(per_class))
+    return result
