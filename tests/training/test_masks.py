@@ -393,3 +393,19 @@ def test_colours_to_draw_with_follow_the_indices_of_the_model(tmp_path):
     root = put_pairs(tmp_path, np.array([(0, 0, 0), RED, GREEN], np.uint8)[LABELS])
     (root / "classes.json").write_text('{"colours": {"#000000": "ground", "#ff0000": "road", "#008000": "sky"}}')
     assert read_mask_data(root, names=["sky", "road", "ground"]).colours == [GREEN, RED, (0, 0, 0)]
+
+
+def test_a_torn_png_is_found_where_headers_are_read(tmp_path):
+    path = put(tmp_path / "x.png", picture())
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(UserError, match=r"x\.png cannot be read as an image"):
+        read_header(one(path))
+
+
+def test_other_masks_are_read_by_the_same_rule(tmp_path):
+    root = put_pairs(tmp_path / "data", np.array([0, 1, 1], np.uint8)[LABELS])
+    reading = read_mask_data(root, classes=["ground", "road", "sky"], allow_empty=True).reading
+    other = np.array([2, 255, 0], np.uint8)[LABELS]
+    assert np.array_equal(reading.read(one(put(tmp_path / "x.png", other))), other)
+    reading = read_mask_data(root, classes=["road", "sky"], allow_empty=True, reduce_zero_label=True).reading
+    assert np.array_equal(reading.read(one(tmp_path / "x.png")), np.array([1, 255, 255])[LABELS])
