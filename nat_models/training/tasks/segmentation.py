@@ -34,6 +34,8 @@ class SegmentationSettings(Settings):
     classes: str | None = option(None, "a file that names the values of masks; none: classes.json of the data")
     reduce_zero_label: bool = option(False, "0 is ignored and the others move down by one, as in ADE20K")
     mask_values: str | None = option(None, "values that mean another one, as in 255:1")
+    mask_orientation: str = option("auto", "of masks beside images with EXIF orientation: auto, stored or shown")
+    allow_empty: bool = option(False, "classes may have no pixel in the training masks")
     group: str | None = option(None, "a regular expression; images of one match stay in one part")
     crop_size: int = option(512, "side of the square that training sees")
     short_side: int | None = option(512, "to which images are resized; none: left as they are")
@@ -66,6 +68,7 @@ class SegmentationSettings(Settings):
                 lambda x: len(set(x.split("+"))) == len(x.split("+")) and set(x.split("+")) <= set(LOSSES),
                 f"be one or more of {', '.join(LOSSES)}, joined by +",
             ),
+            "mask_orientation": (lambda x: x in ("auto", "stored", "shown"), "be auto, stored or shown"),
             "loss_mean": (lambda x: x in ("all", "labelled"), "be all or labelled"),
             "auxiliary_weight": (lambda x: x >= 0, "be at least 0"),
             "batch_norm": (lambda x: x in ("batch", "running", "frozen"), "be batch, running or frozen"),
@@ -104,11 +107,15 @@ class Segmentation:
             mask_values=s.mask_values,
             group=s.group,
             verify=s.verify,
+            skip_unreadable=s.skip_unreadable,
+            unreadable_limit=s.unreadable_limit,
+            mask_orientation=s.mask_orientation,
+            allow_empty=s.allow_empty,
         )
         self.classes, self.digest = list(self.data.names), self.data.digest()
         self.train, self.val = self.data.parts["train"], self.data.parts["val"]
         self.sizes = len(self.train.images), len(self.val.images)
-        counts = histogram(self.data)
+        counts = histogram(self.data, allow_empty=s.allow_empty)
         self.notes = list(self.data.notes)
         if not sum(counts.pixels["val"]):
             raise UserError("No pixel of the validation masks is labelled: nothing could be measured.")
