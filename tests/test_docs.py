@@ -38,6 +38,7 @@ PAGES = {
     "docs/transformers.md": 4,
     "docs/resume.md": 1,
     "docs/tables.md": 2,
+    "docs/segmentation.md": 4,
     "docs/imbalance.md": 1,
     "docs/scaling.md": 0,
     "docs/fashion_mnist.md": 0,
@@ -86,6 +87,7 @@ LOCAL = (
     "docs/resume.md",
     "docs/tables.md",
     "docs/imbalance.md",
+    "docs/segmentation.md",
 )
 # Their runs begin at random weights: a recipe would ask for the published ones.
 SHORT = ["--warmup-epochs", "0", "--workers", "0", "--batch-size", "4", "--val-fraction", "0.4"]
