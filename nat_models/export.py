@@ -195,8 +195,7 @@ def export(
         format: onnx, pt2, aoti or torchscript.
         name: What the metadata call the model.
         img_size: Height and width; None means the model's, of a UPerNet 512 px.
-        dynamic_size: Take any height and width from 32 px, of a UPerNet 33 px (TorchScript always does, AOTInductor
-            never).
+        dynamic_size: Take any height and width from 32 px (TorchScript always does, AOTInductor never).
         dtype: Of the weights: float32, bfloat16 or float16. ONNX computes in float32 all the same.
         check: Load the file, run it, and print the largest difference.
         preprocessing: What the metadata say of it beside "input_size"; None means what the model says.

@@ -39,6 +39,7 @@ PAGES = {
     "docs/resume.md": 1,
     "docs/tables.md": 2,
     "docs/segmentation_data.md": 1,
+    "docs/segmentation.md": 4,
     "docs/imbalance.md": 1,
     "docs/scaling.md": 0,
     "docs/fashion_mnist.md": 0,
@@ -95,6 +96,7 @@ LOCAL = (
     "docs/tables.md",
     "docs/segmentation_data.md",
     "docs/imbalance.md",
+    "docs/segmentation.md",
 )
 # Their runs begin at random weights: a recipe would ask for the published ones.
 SHORT = ["--warmup-epochs", "0", "--workers", "0", "--batch-size", "4", "--val-fraction", "0.4"]

@@ -10,8 +10,8 @@ torchscript  a trace: torch.jit.load("nat_tiny.pt")
 A folder of a segmenter is exported whole, to the logits of each pixel.
 
 The file maps "image", [B, C, H, W] in float32, to "logits", [B, num_classes] in float32, for any B; of a segmenter
-[B, num_classes, H, W]. H and W are those of --img-size, or any from 32 px, of a segmenter from 33 px, with
---dynamic-size (TorchScript: always any; AOTInductor: never). Its metadata holds "model", "preprocessing" (JSON) and
+[B, num_classes, H, W]. H and W are those of --img-size, or any from 32 px with --dynamic-size
+(TorchScript: always any; AOTInductor: never). Its metadata holds "model", "preprocessing" (JSON) and
 "label_names" (a JSON list, empty if unknown): metadata_props in ONNX, extra files in pt2 and TorchScript,
 get_metadata() of an AOTInductor package.
 """

@@ -58,9 +58,11 @@ class PyramidPool(nn.AdaptiveAvgPool2d):
     def forward(self, x: Tensor) -> Tensor:
         if not (is_exporting() or is_converting()):
             return super().forward(x)
-        # ONNX has no such pooling for a size that is not known: as products with matrices that grow with the map.
+        # ONNX has no such pooling for a size that is not known: with weights of means that grow with the map.
         rows, cols = (_pooling(n, self.output_size, x) for n in x.shape[2:])
-        return rows @ x @ cols.mT
+        # Not as a product of matrices: of that torch.export asks whether the map's height is 1.
+        x = (x[:, :, None] * rows[:, :, None]).sum(3)  # [B, C, n, W]
+        return (x[:, :, :, None] * cols).sum(4)
 
 
 def _pooling(length: int, bins: int, like: Tensor) -> Tensor:
@@ -154,7 +156,10 @@ class UPerNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
         """[B, in_chans, H, W] -> the normed maps of the levels, NCHW at strides 4, 8, 16, 32."""
-        return self.backbone.forward_intermediates(x, intermediates_only=True)
+        maps = self.backbone.forward_intermediates(x, intermediates_only=True, output_fmt="NHWC")
+        if is_exporting():  # torch.export would guard on a height or width of 1 for `contiguous`
+            return [x.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format) for x in maps]
+        return [x.permute(0, 3, 1, 2).contiguous() for x in maps]
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """[B, in_chans, H, W] -> logits [B, num_classes, H, W]; in training those of the auxiliary head as well."""

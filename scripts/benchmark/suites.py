@@ -21,6 +21,7 @@ from nat_models.ops.backends import blocked, native
 
 from .measure import Call, interleaved, peak_mib
 from .plots import short
+from .segmentation import segmentation
 
 # height, width, num_heads of NAT-Tiny's levels at 224 px; head_dim 32, kernel 7.
 LEVELS = [(56, 56, 2), (28, 28, 4), (14, 14, 8), (7, 7, 16)]
@@ -45,6 +46,7 @@ MODELS = {  # what a suite of networks runs unless --models says otherwise
     "growth": ["nat_tiny"],
     "gemm": ["nat_tiny"],
     "dtype": ["nat_tiny"],
+    "segmentation": ["nat_tiny"],
     "compiled": [*TINY, "swin_small_patch4_window7_224"],
 }
 
@@ -381,4 +383,4 @@ def tiles(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-SUITES = {f.__name__: f for f in (op, layer, model, step, memory, growth, gemm, dtype, compiled, tiles)}
+SUITES = {f.__name__: f for f in (op, layer, model, step, memory, growth, gemm, dtype, compiled, segmentation, tiles)}

@@ -15,7 +15,7 @@ from PIL import Image
 
 from nat_models.ops.backends import native
 from scripts.benchmark import __main__ as script
-from scripts.benchmark import measure, suites
+from scripts.benchmark import measure, segmentation, suites
 from scripts.benchmark.measure import interleaved, peak_mib
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="peak memory on a CPU is read from Linux")
@@ -27,6 +27,8 @@ def _small():
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name, value in small.items():
             monkeypatch.setattr(suites, name, value)
+        for name, value in dict(SIZE=64, CHANNELS=16).items():
+            monkeypatch.setattr(segmentation, name, value)
         yield
 
 
@@ -122,11 +124,13 @@ COLUMNS = {
     "gemm": {"model", "model ms", "layers", "layers ms", "model / layers"},
     "dtype": {"model", "float32 images/s", "bfloat16 images/s", "bfloat16 over float32"}
     | {"largest logit", "largest difference"},
+    "segmentation": {"backbone", "form", "ms", "of eager", "of Swin's eager", "peak MiB"},
     "tiles": {"map", "4 x 4 ms", "7 x 7 ms", "whole map ms"},
 }
+ROWS = {"model": 4, "growth": 2, "tiles": 2, "segmentation": 6}  # where it is not one
 SUITES = [
     pytest.param("op", marks=pytest.mark.skipif(not native.available()[0], reason="the native kernel was not built")),
-    *(pytest.param(suite, marks=needs_linux) for suite in ("layer", "memory")),
+    *(pytest.param(suite, marks=needs_linux) for suite in ("layer", "memory", "segmentation")),
     *("model", "step", "growth", "gemm", "dtype", "tiles"),
 ]
 
@@ -163,7 +167,7 @@ def test_a_suite_prints_its_table_and_writes_json_and_plot(suite, ran):
     assert content["suite"] == content["arguments"][0] == suite
     assert "batch 1" in content["about"]
     rows = content["rows"]
-    assert [set(row) for row in rows] == [COLUMNS[suite]] * {"model": 4, "growth": 2, "tiles": 2}.get(suite, 1)
+    assert [set(row) for row in rows] == [COLUMNS[suite]] * ROWS.get(suite, 1)
     assert all(x is None or isinstance(x, str) or x >= 0 for row in rows for x in row.values())
     assert all(column in printed for column in COLUMNS[suite])
     assert all(note in printed for note in content["notes"])
@@ -249,3 +253,22 @@ def test_what_cannot_be_done_is_refused_before_anything_runs(arguments, message,
     with pytest.raises(SystemExit, match="2"):
         script.main(arguments)
     assert message in capsys.readouterr().err
+
+
+@needs_linux
+def test_segmenters_are_compared_with_the_peer_and_with_their_own_eager_form(ran):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    rows = {(row["backbone"], row["form"]): row for row in ran("segmentation").content["rows"]}
+    peer, ours = rows[segmentation.PEER, "eager"], rows["nat_mini", "fused"]
+    assert ours["of Swin's eager"] == pytest.approx(ours["ms"] / peer["ms"])
+    assert ours["of eager"] == pytest.approx(ours["ms"] / rows["nat_mini", "eager"]["ms"])
+
+
+def test_the_peer_gives_logits_of_the_same_form():
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    args = script.parse_args(["segmentation"])
+    with torch.no_grad():
+        theirs = segmentation._segmenter(segmentation.PEER, "eager", args)().logits
+        ours = segmentation._segmenter("nat_mini", "bfloat16", args)()
+    assert theirs.shape == ours.shape == (1, 150, 64, 64)
+    assert (theirs.dtype, ours.dtype) == (torch.float32, torch.bfloat16)
