@@ -39,7 +39,7 @@ PAGES = {
     "docs/resume.md": 1,
     "docs/tables.md": 2,
     "docs/segmentation_data.md": 1,
-    "docs/segmentation.md": 4,
+    "docs/segmentation.md": 5,
     "docs/imbalance.md": 1,
     "docs/scaling.md": 0,
     "docs/fashion_mnist.md": 0,
@@ -79,7 +79,7 @@ def desk(tmp_path_factory) -> Path:
             photo.crop((40 * i, 20 * i, 40 * i + 240, 20 * i + 240)).save(path)
     for side in ("images", "masks"):
         (desk / "street" / side).mkdir(parents=True)
-    for i in range(4):
+    for i in range(8):
         photos[0].crop((40 * i, 0, 40 * i + 64, 48)).save(desk / "street" / "images" / f"{i}.jpg")
         Image.new("L", (64, 48)).point(lambda _, i=i: 7 * (i % 2)).save(desk / "street" / "masks" / f"{i}.png")
     (desk / "street" / "classes.json").write_text('{"values": {"0": "background", "7": "road"}}')
