@@ -3,15 +3,16 @@
 import pytest
 
 from nat_models import cli
+from nat_models.commands.train import TASKS
 from nat_models.errors import UserError
 from nat_models.resources import resource_folder
 from nat_models.training.models import make_model
 from nat_models.training.settings import Resume, Settings, from_flags
-from nat_models.training.tasks.classification import ClassificationSettings
 
 
-def parse(*flags: str) -> tuple[ClassificationSettings, Resume]:
-    return from_flags(cli.parse(["train", *flags])[1], ClassificationSettings)
+def parse(*flags: str) -> tuple[Settings, Resume]:
+    args = cli.parse(["train", *flags])[1]
+    return from_flags(args, TASKS[args.task].Settings)
 
 
 def test_flags_win_over_yaml_which_wins_over_defaults(tmp_path):
@@ -62,13 +63,14 @@ def test_resume_takes_the_settings_of_the_run(run):
 
 @pytest.mark.parametrize("path", sorted(resource_folder("configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_recipe_is_valid(path):
-    cfg, _ = parse("--config", path.stem, "--data", "x")
+    task = "segment" if "segment" in path.stem or "upernet" in path.stem else "classify"
+    cfg, _ = parse("--task", task, "--config", path.stem, "--data", "x")
     make_model(cfg.model, model_kwargs=cfg.model_kwargs, num_classes=2)
-    assert parse("--config", str(path), "--data", "x")[0] == cfg
+    assert parse("--task", task, "--config", str(path), "--data", "x")[0] == cfg
 
 
 def test_an_unknown_recipe_is_an_error_that_lists_them_and_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"no recipe 'finetun'.*: digits, fashion, finetune, "):
+    with pytest.raises(UserError, match=r"no recipe 'finetun'.*: ade20k_upernet, digits, "):
         parse("--config", "finetun", "--data", "x")
     with pytest.raises(UserError, match=r"There is no config file .*finetune\.yaml"):
         parse("--config", str(tmp_path / "finetune.yaml"), "--data", "x")
