@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from nat_models.errors import CheckpointError, UserError
+from nat_models.errors import CheckpointError, Stopped, UserError
 from nat_models.resources import resource
 from nat_models.training.drawing import draw_truth, png
 from nat_models.training.engine import train
@@ -72,7 +72,7 @@ def scene(digits, pictures: list[np.ndarray], chosen: np.ndarray, upper: bool, r
     split = picture.shape[0] - max(SIDE, picture.shape[0] // 4)
     picture = picture[:split] if upper else picture[split:]
     row, col = (rng.integers(length - SIDE + 1) for length in picture.shape)
-    image = picture[row : row + SIDE, col : col + SIDE].astype(np.float32)
+    image = 128 + picture[row : row + SIDE, col : col + SIDE].astype(np.float32) / 2  # light, for dark ink
     mask = np.zeros((SIDE, SIDE), np.uint8)
     taken = np.zeros((SIDE, SIDE), bool)
     for _ in range(rng.integers(2, 8)):
@@ -88,8 +88,7 @@ def scene(digits, pictures: list[np.ndarray], chosen: np.ndarray, upper: bool, r
         if taken[place].any():
             continue
         taken[place] = True
-        colour = 255.0 if image[place].mean() < 128 else 0.0
-        image[place] = image[place] * (1 - ink) + colour * ink
+        image[place] *= 1 - ink
         mask[place][ink > 0.4] = digits.target[index] + 1
     return image.round().astype(np.uint8), mask
 
@@ -149,5 +148,7 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
+    except Stopped as e:
+        sys.exit(str(e))
     except (UserError, CheckpointError) as e:
         sys.exit(f"error: {e}\nDelete {DEMO / 'segment'} to start over.")
