@@ -1,6 +1,5 @@
 """Which image a mask belongs to, and on which side of the split a pair is."""
 
-import hashlib
 import os
 import random
 import re
@@ -10,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from ..checkpoints.files import sha256_of
 from ..errors import UserError
 from .decoding import ImageFile, suffixes
 from .images import is_run, say, scan
@@ -200,17 +200,9 @@ def _hash_of_copies(pairs: Sequence[Pair]) -> dict[str, str]:
     sizes = {pair.image.path: os.path.getsize(pair.image.path) for pair in pairs}
     often = Counter(sizes.values())
     candidates = [path for path, size in sizes.items() if often[size] > 1]
-    hashes = dict(zip(candidates, threaded(_sha256, candidates), strict=True))
+    hashes = dict(zip(candidates, threaded(sha256_of, candidates), strict=True))
     often = Counter(hashes.values())
     return {path: digest for path, digest in hashes.items() if often[digest] > 1}
-
-
-def _sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _join(pairs: Sequence[Pair], key: Callable[[Pair], str], hashes: Mapping[str, str]) -> list[list[Pair]]:

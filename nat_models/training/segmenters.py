@@ -72,12 +72,7 @@ def segmenter_of(folder: Path) -> Segmenter:
     Raises:
         UserError: The folder holds no segmenter.
     """
-    found = _find(folder)
-    if found is None:
-        raise UserError(f"{folder} holds no segmenter: a folder that `train --task segment` wrote, or best/ in it.")
-    config = json.loads((found / "config.json").read_text())
-    del config["architecture"]
-    return Segmenter(**config)
+    return _open(folder)[1]
 
 
 def load_segmenter(folder: Path) -> tuple[UPerNet, Segmenter]:
@@ -87,10 +82,19 @@ def load_segmenter(folder: Path) -> tuple[UPerNet, Segmenter]:
         UserError: The folder holds no segmenter.
         CheckpointError: The weights cannot be read, or do not fit.
     """
-    about = segmenter_of(folder)
+    found, about = _open(folder)
     kwargs = dict(num_classes=len(about.classes), channels=about.channels)
-    network = upernet(about.backbone, weights=_find(folder) / "model.safetensors", **kwargs, **about.backbone_kwargs)
+    network = upernet(about.backbone, weights=found / "model.safetensors", **kwargs, **about.backbone_kwargs)
     return network.eval(), about
+
+
+def _open(folder: Path) -> tuple[Path, Segmenter]:
+    found = _find(folder)
+    if found is None:
+        raise UserError(f"{folder} holds no segmenter: a folder that `train --task segment` wrote, or best/ in it.")
+    config = json.loads((found / "config.json").read_text())
+    del config["architecture"]
+    return found, Segmenter(**config)
 
 
 def _find(folder: Path) -> Path | None:
