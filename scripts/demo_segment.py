@@ -33,7 +33,9 @@ from nat_models.writing import write_atomically
 DEMO = Path(__file__).resolve().parents[1] / "demo"
 REQUIRED = 70.0
 SIDE = 96
-IMAGES = {"train": 600, "val": 100}
+DIGIT = (40, 60)  # px, least and greatest side of a digit
+ATTEMPTS = 30  # to find room for another digit
+IMAGES = {"train": 600, "val": 200}
 CLASSES = ["background", *map(str, range(10))]
 
 
@@ -67,27 +69,27 @@ def write_data(folder: Path) -> None:
 
 
 def scene(digits, pictures: list[np.ndarray], chosen: np.ndarray, upper: bool, rng) -> tuple[np.ndarray, np.ndarray]:
-    """A patch of a photograph's upper part, or of the rest, with up to four digits apart, and its label map."""
+    """A patch of a photograph's upper part, or of the rest, with a few digits apart, and its label map."""
     picture = pictures[rng.integers(len(pictures))]
     split = picture.shape[0] - max(SIDE, picture.shape[0] // 4)
     picture = picture[:split] if upper else picture[split:]
     row, col = (rng.integers(length - SIDE + 1) for length in picture.shape)
-    image = 128 + picture[row : row + SIDE, col : col + SIDE].astype(np.float32) / 2  # light, for dark ink
+    image = 127 + picture[row : row + SIDE, col : col + SIDE].astype(np.float32) / 2  # light, for dark ink
     mask = np.zeros((SIDE, SIDE), np.uint8)
     taken = np.zeros((SIDE, SIDE), bool)
-    for _ in range(rng.integers(2, 8)):
+    for _ in range(ATTEMPTS):
         index = chosen[rng.integers(len(chosen))]
-        side = int(rng.integers(28, 45))
-        scan = Image.fromarray((digits.images[index] / 16 * 255).astype(np.uint8))
+        side = int(rng.integers(DIGIT[0], DIGIT[1] + 1))
+        scan = Image.fromarray((np.pad(digits.images[index], 1) / 16 * 255).astype(np.uint8))
         scan = scan.resize((side, side), Image.Resampling.BICUBIC).rotate(
             float(rng.uniform(-25, 25)), Image.Resampling.BICUBIC, expand=True
         )
         ink = np.asarray(scan, np.float32) / 255
         top, left = (int(rng.integers(SIDE - n + 1)) for n in ink.shape)
         place = np.s_[top : top + ink.shape[0], left : left + ink.shape[1]]
-        if taken[place].any():
+        if taken[place][ink > 0].any():
             continue
-        taken[place] = True
+        taken[place] |= ink > 0
         image[place] *= 1 - ink
         mask[place][ink > 0.4] = digits.target[index] + 1
     return image.round().astype(np.uint8), mask
