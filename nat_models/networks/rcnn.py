@@ -33,7 +33,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 class CornerAnchors(AnchorGenerator):
-    """Anchors around the corners of cells, of any real size, at fixed strides.
+    """Anchors around the corners of cells, of any real size, at fixed strides; numbers of float32 in every dtype.
 
     torchvision rounds them to pixels, and divides the image's size by the map's for strides. Not clipped.
 
@@ -49,15 +49,15 @@ class CornerAnchors(AnchorGenerator):
         """[len(aspect_ratios) * len(scales), 4], around (0, 0)."""
         scales = torch.as_tensor(scales, dtype=dtype, device=device)
         roots = torch.as_tensor(aspect_ratios, dtype=dtype, device=device).sqrt()
-        width, height = (scales / roots[:, None]).flatten(), (scales * roots[:, None]).flatten()
+        width, height = ((side[:, None] * scales).flatten() for side in (1 / roots, roots))
         return torch.stack([-width, -height, width, height], 1) / 2
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         """The same for each image: [N, 4] in the order map, row, column, anchor."""
         like = at_least_float32(feature_maps[0][:0])
-        self.set_cell_anchors(like.dtype, like.device)
+        self.set_cell_anchors(torch.float32, like.device)
         sizes = [list(x.shape[-2:]) for x in feature_maps]
-        anchors = torch.cat(self.grid_anchors(sizes, [[stride, stride] for stride in STRIDES]))
+        anchors = torch.cat(self.grid_anchors(sizes, [[stride, stride] for stride in STRIDES])).to(like.dtype)
         return [anchors] * len(image_list.image_sizes)
 
 
