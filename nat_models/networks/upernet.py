@@ -5,10 +5,8 @@ settings of the NAT and DiNAT papers (arXiv:2204.07143, 2209.15001), which are t
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle, islice
 from pathlib import Path
 
-import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -16,10 +14,10 @@ from torch import Tensor
 
 from ..checkpoints.segmentation import fit_upernet, num_classes_of, read_upernet
 from ..ops.tracing import is_converting, is_exporting
+from .features import make_backbone, moved_groups, normed_maps
 
 POOL_SIZES = (1, 2, 3, 6)
 _AUXILIARY_CHANNELS = 256
-_STRIDES = [4, 8, 16, 32]
 
 # What the published systems' backbones have on ADE20K. A level's pattern of dilations repeats over its blocks.
 _MIXED = (1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5)
@@ -156,10 +154,7 @@ class UPerNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
         """[B, in_chans, H, W] -> the normed maps of the levels, NCHW at strides 4, 8, 16, 32."""
-        maps = self.backbone.forward_intermediates(x, intermediates_only=True, output_fmt="NHWC")
-        if is_exporting():  # torch.export would guard on a height or width of 1 for `contiguous`
-            return [x.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format) for x in maps]
-        return [x.permute(0, 3, 1, 2).contiguous() for x in maps]
+        return normed_maps(self.backbone, x)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """[B, in_chans, H, W] -> logits [B, num_classes, H, W]; in training those of the auxiliary head as well."""
@@ -178,14 +173,7 @@ class UPerNet(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Parameter groups for layer-wise learning rates: those of the backbone, then the heads."""
-        groups = self.backbone.group_matcher(coarse)
-        blocks = groups["blocks"]
-
-        def moved(pattern: str) -> str:
-            return pattern.replace("^", r"^backbone\.", 1)
-
-        moved_blocks = moved(blocks) if isinstance(blocks, str) else [(moved(p), value) for p, value in blocks]
-        return dict(stem=moved(groups["stem"]), blocks=moved_blocks)
+        return moved_groups(self.backbone.group_matcher(coarse), "backbone.")
 
     def get_classifier(self) -> nn.ModuleList:
         """Both heads: all that is not the backbone."""
@@ -240,22 +228,8 @@ def upernet(
     if num_classes is None:
         num_classes = 150 if checkpoint is None else num_classes_of(checkpoint)
     rate, patterns = PUBLISHED.get(backbone.partition(".")[0], (None, None))
-    network = _backbone(backbone, rate, patterns, backbone_kwargs)
-    if (found := [info["reduction"] for info in network.feature_info]) != _STRIDES:
-        raise ValueError(f"UPerNet takes a backbone with maps at strides {_STRIDES}, {backbone} has them at {found}.")
+    network = make_backbone(backbone, backbone_kwargs, system="UPerNet", drop_path_rate=rate, patterns=patterns)
     model = UPerNet(network, num_classes, channels, head_drop_rate)
     if checkpoint is not None:
         model.load_state_dict(fit_upernet(checkpoint, model))
     return model
-
-
-def _backbone(name: str, rate: float | None, patterns: Sequence | None, kwargs: Mapping) -> nn.Module:
-    given = dict(kwargs)
-    if rate is not None:
-        given.setdefault("drop_path_rate", rate)
-    if patterns is not None and "dilations" not in given:
-        kept = {key: value for key, value in given.items() if key not in ("pretrained", "pretrained_cfg_overlay")}
-        depths = [len(level.blocks) for level in timm.create_model(name, device="meta", **kept).levels]
-        given["dilations"] = [list(islice(cycle(p), n)) for p, n in zip(patterns, depths, strict=True)]
-    # As maps alone: without the last norm and the classifier.
-    return timm.create_model(name, features_only=True, output_norms=True, **given).model
