@@ -15,6 +15,7 @@ _INEXACT_TIFF = ("jpeg", "webp", "tiff_jpeg")
 ARRAY = ".npy"
 SUFFIXES = frozenset((".png", ".tif", ".tiff", ".bmp", ".gif", ".tga", ARRAY))
 _WIDTH, _HEIGHT, _ORIENTATION = 256, 257, 274  # tags of EXIF and TIFF
+UNKNOWN = 0  # no orientation
 _STEPS = {"L;2": 85, "L;2R": 85, "L;4": 17, "L;4R": 17}  # Pillow spreads 2 and 4 bits of grey over 0 .. 255
 
 
@@ -56,6 +57,16 @@ class Header(NamedTuple):
     height: int
     width: int
     orientation: int
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """(height, width) as they are stored."""
+        return self.height, self.width
+
+    @property
+    def shown(self) -> tuple[int, int]:
+        """(height, width) of the upright image."""
+        return self.stored[::-1] if self.orientation >= 5 else self.stored
 
 
 def with_arrays() -> frozenset[str]:
@@ -222,6 +233,31 @@ def turn(values: np.ndarray, orientation: int) -> np.ndarray:
     return np.rot90(values, {3: 2, 6: -1, 7: 2, 8: 1}.get(orientation, 0))
 
 
+def turn_of(header: Header, size: tuple[int, int] | None, lies: str) -> int | None:
+    """The orientation by which what was drawn on an image is turned to lie on it when it is upright.
+
+    Args:
+        header: Of the image.
+        size: (height, width) of what was drawn on; None where nothing says it.
+        lies: As for turn_to.
+
+    Returns:
+        An EXIF orientation, 1 to 8; UNKNOWN where both may be; None where the size is neither of the two.
+    """
+    if size is None:
+        size = header.shown if lies == "shown" else header.stored
+        tells = header.orientation == 1
+    else:
+        tells = header.orientation == 1 or header.stored != header.shown
+    if header.orientation == 1:
+        return 1 if size == header.shown else None
+    if lies == "auto" and not tells and size in (header.stored, header.shown):
+        return UNKNOWN
+    if size == header.stored and lies in ("auto", "stored"):
+        return header.orientation
+    return 1 if size == header.shown and lies != "stored" else None
+
+
 def turn_to(image: Encoded, header: Header, mask: Encoded, raw: Raw, lies: str) -> int:
     """The orientation by which a mask is turned to lie on its upright image.
 
@@ -240,24 +276,18 @@ def turn_to(image: Encoded, header: Header, mask: Encoded, raw: Raw, lies: str) 
     Raises:
         UserError: The sizes differ, or do not tell.
     """
-    stored = header.height, header.width
-    shown = stored[::-1] if header.orientation >= 5 else stored
+    stored, shown = header.stored, header.shown
     own = raw.values.shape
     if raw.orientation is not None:
-        result, size = raw.orientation, own[::-1] if raw.orientation >= 5 else own
-        fits = size == shown
-    elif header.orientation == 1:
-        result, fits = 1, own == shown
-    elif lies == "auto" and own == shown == stored:
+        result = raw.orientation if shown == (own[::-1] if raw.orientation >= 5 else own) else None
+    else:
+        result = turn_of(header, own, lies)
+    if result == UNKNOWN:
         raise UserError(
             f"{describe(mask)} fits {describe(image)} as it is stored and as its EXIF orientation "
             f"({header.orientation}) shows it: say with mask_orientation which, stored or shown."
         )
-    elif own == stored and lies in ("auto", "stored"):
-        result, fits = header.orientation, True
-    else:
-        result, fits = 1, own == shown and lies != "stored"
-    if not fits:
+    if result is None:
         raise UserError(
             f"{describe(mask)} has {own[1]} x {own[0]} pixels, and {describe(image)} {stored[1]} x {stored[0]}"
             + (f", shown as {shown[1]} x {shown[0]}" if shown != stored else "")

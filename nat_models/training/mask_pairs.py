@@ -1,15 +1,11 @@
-"""Which image a mask belongs to, and on which side of the split a pair is."""
+"""Which image a mask belongs to."""
 
 import os
-import random
-import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..checkpoints.files import sha256_of
 from ..errors import UserError
 from .decoding import ImageFile
 from .images import is_run, say, scan
@@ -17,7 +13,6 @@ from .listing import part_named, some
 from .mask_files import SUFFIXES, MaskFile, with_arrays
 
 _MASKS = ("masks", "annotations")
-_THREADS = 8
 
 
 class Pair(NamedTuple):
@@ -26,12 +21,6 @@ class Pair(NamedTuple):
     stem: str
     image: ImageFile
     mask: MaskFile
-
-
-def threaded(work: Callable, items: Iterable) -> list:
-    """What `work` makes of each item, in their order."""
-    with ThreadPoolExecutor(max_workers=_THREADS) as pool:
-        return list(pool.map(work, items))
 
 
 def list_pairs(folder: Path, exclude: list[Path]) -> tuple[dict[str, list[Pair]], list[str]]:
@@ -133,109 +122,3 @@ def _pair(
         if orphans := [file.name for stem, file in files.items() if stem not in other]:
             notes.append(f"left out: {len(orphans)} {what}: {some(orphans)}")
     return [Pair(stem, images[stem], MaskFile(*masks[stem])) for stem in common]
-
-
-def grouping(group: str | None) -> Callable[[Pair], str]:
-    """The key of a pair's group; without an expression each pair is its own."""
-    if group is None:
-        return lambda pair: pair.image.path
-    try:
-        expression = re.compile(group)
-    except re.error as e:
-        raise UserError(f"group must be a regular expression, got {group!r}: {e}.") from None
-
-    def key(pair: Pair) -> str:
-        match = expression.search(pair.stem)
-        if match is None or (found := match[1] if expression.groups else match[0]) is None:
-            raise UserError(f"group {group!r} does not match the image {pair.stem!r}.")
-        return found
-
-    return key
-
-
-def split(
-    folder: Path,
-    parts: dict[str, list[Pair]],
-    val_fraction: float | None,
-    seed: int,
-    key: Callable[[Pair], str],
-    notes: list[str],
-) -> dict[str, list[Pair]]:
-    """The parts, with something to validate on; no image and no group is in two of them."""
-    hashes = _hash_of_copies([pair for items in parts.values() for pair in items])
-    if "" in parts and val_fraction is None:
-        return {"val": parts[""]}
-    if "" in parts:
-        parts = {"train": parts[""]}
-    if "val" not in parts and "test" in parts and "train" in parts:
-        parts["val"] = parts.pop("test")
-        notes.append(f"{folder} has nothing to validate on but its test images: they are validated on")
-    if "val" not in parts and "train" in parts and val_fraction is not None:
-        whole = parts.pop("train")
-        parts["train"], parts["val"] = _hold_out(folder, whole, _join(whole, key, hashes), val_fraction, seed)
-        if copies := len(hashes) - len(set(hashes.values())):
-            notes.append(f"{copies} images are copies of others: the split keeps copies together")
-    else:
-        _refuse_shared(parts, "images are copies of images in another part", lambda p: hashes.get(p.image.path))
-        _refuse_shared(parts, "images are of a group that another part has too", key)
-    order = [part for part in ("train", "val", "test") if part in parts]
-    return {part: parts[part] for part in order}
-
-
-def _refuse_shared(parts: dict[str, list[Pair]], what: str, key: Callable[[Pair], str | None]) -> None:
-    seen: dict[str, tuple[str, Pair]] = {}
-    shared = []
-    for part in sorted(parts, key=("train", "val", "test").index):
-        for pair in parts[part]:
-            if (name := key(pair)) is not None:
-                first_part, first = seen.setdefault(name, (part, pair))
-                if first_part != part:
-                    shared.append(f"{first.image.name} and {pair.image.name}")
-    if shared:
-        raise UserError(f"{len(shared)} {what}: {some(shared, 3)}.")
-
-
-def _hash_of_copies(pairs: Sequence[Pair]) -> dict[str, str]:
-    """By path, the sha256 of those images that are copies of others; only files of one size can be."""
-    sizes = {pair.image.path: os.path.getsize(pair.image.path) for pair in pairs}
-    often = Counter(sizes.values())
-    candidates = [path for path, size in sizes.items() if often[size] > 1]
-    hashes = dict(zip(candidates, threaded(sha256_of, candidates), strict=True))
-    often = Counter(hashes.values())
-    return {path: digest for path, digest in hashes.items() if often[digest] > 1}
-
-
-def _join(pairs: Sequence[Pair], key: Callable[[Pair], str], hashes: Mapping[str, str]) -> list[list[Pair]]:
-    """Groups of pairs that are related by key or by being copies, in the order of their first pair."""
-    leader: dict[str, str] = {}
-
-    def find(name: str) -> str:
-        while leader.setdefault(name, name) != name:
-            name = leader[name]
-        return name
-
-    for pair in pairs:
-        if pair.image.path in hashes:
-            leader[find(f"copy {hashes[pair.image.path]}")] = find(f"group {key(pair)}")
-    groups: dict[str, list[Pair]] = defaultdict(list)
-    for pair in pairs:
-        groups[find(f"group {key(pair)}")].append(pair)
-    return list(groups.values())
-
-
-def _hold_out(
-    folder: Path, pairs: Sequence[Pair], groups: list[list[Pair]], fraction: float, seed: int
-) -> tuple[list[Pair], list[Pair]]:
-    """Whole groups are held out, in an order drawn by seed, as long as they fit into the fraction; at least one."""
-    if len(groups) < 2:
-        raise UserError(
-            f"{folder} has {len(pairs)} images in {len(groups)} groups: nothing can be held out. Two groups are needed."
-        )
-    order = random.Random(seed).sample(groups, len(groups))
-    room, held = fraction * len(pairs), []
-    for members in order[1:]:
-        if len(members) <= room - len(held) + 0.5:
-            held += members
-    held = held or min(order, key=len)
-    stems = {pair.stem for pair in held}
-    return [pair for pair in pairs if pair.stem not in stems], [pair for pair in pairs if pair.stem in stems]

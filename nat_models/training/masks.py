@@ -11,9 +11,10 @@ import numpy as np
 
 from ..errors import Unreadable, UserError
 from .decoding import ImageFile, decode
+from .held_out import grouping, split, threaded
 from .listing import some
 from .mask_files import MaskFile, is_array, load_array, read_header, read_raw, turn_to
-from .mask_pairs import Pair, grouping, list_pairs, split, threaded
+from .mask_pairs import Pair, list_pairs
 from .mask_values import IGNORE, ClassTable, MaskReading, choose_colours, number_classes, parse_mask_values, read_table
 from .splits import say_near
 
