@@ -7,7 +7,7 @@ import os
 import random
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,13 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..errors import UserError
 from .decoding import WHITE, Encoded, ImageFile, advice, check_header, decode, suffixes
 
-__all__ = ["Encoded", "ImageFile", "ImageSet", "check_images", "decode", "list_images", "make_loader", "read_batches"]
+__all__ = ["Encoded", "ImageFile", "ImageSet", "check_images", "decode", "list_images", "load_images"]
+__all__ += ["make_loader", "read_batches"]
 
 _JUNK = {"thumbs.db", "desktop.ini"}
 
@@ -242,6 +244,22 @@ def make_loader(images: Dataset, batch_size: int, workers: int = 0, **kwargs) ->
     return DataLoader(
         images, batch_size, num_workers=workers, collate_fn=collate, worker_init_fn=_start_worker, **kwargs
     )
+
+
+def load_images(
+    images: Sequence[Encoded], data_config: Mapping, batch_size: int, workers: int = 0, **kwargs
+) -> DataLoader:
+    """A loader of images and their indices as `make_loader` makes one.
+
+    Args:
+        images: Where the images are.
+        data_config: The preprocessing, in timm's words.
+        batch_size: Images per step.
+        workers: Processes that load images.
+        **kwargs: Of the DataLoader.
+    """
+    image_set = ImageSet(images, None, data_config["input_size"][0], create_transform(**data_config))
+    return make_loader(image_set, batch_size, workers, **kwargs)
 
 
 def read_batches(loader: Iterable, on_error: Callable[[UserError], None] | None = None) -> Iterator[list[Tensor]]:

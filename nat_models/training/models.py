@@ -82,6 +82,13 @@ def _explain_hub(name: str) -> Iterator[None]:
         ) from None
 
 
+def computing(precision: str, device: str | torch.device) -> contextlib.AbstractContextManager:
+    """In which a network computes in one of PRECISIONS: autocast, or for float32 nothing."""
+    if precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(device).type, PRECISIONS[precision])
+
+
 def resolve_name(name: str) -> str:
     """A model's name as timm takes it: a folder becomes local-dir:FOLDER, that of a run its best/.
 
