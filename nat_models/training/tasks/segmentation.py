@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ...errors import UserError
 from ...networks.upernet import upernet
-from ..cards import Facts, recipe_of
+from ..cards import facts_of, model_card
 from ..mask_sets import IMAGENET_MEAN, IMAGENET_STD, MaskSet, band_statistics, make_augmentation, make_evaluation
 from ..masks import histogram, read_mask_data
 from ..pixel_losses import IGNORED, LOSSES, pixel_loss
@@ -211,18 +211,20 @@ class Segmentation:
         return SegmentationMetrics(self.classes)
 
     def save(self, network: nn.Module, folder: Path, rows: Sequence[dict]) -> None:
-        save_segmenter(network, folder, self.about_network)
-        s, data = self.settings, Path(self.settings.data).name
-        facts = Facts(
-            title=f"UPerNet with {s.model}, trained on {data}",
-            about="Trained with [nat_models](https://arxiv.org/abs/2204.07143): "
-            f"{self.about}, {self.sizes[0]:,} training and {self.sizes[1]:,} validation images.",
-            figures={name: x for name, x in (rows[-1] if rows else {}).items() if name in self.figures and x == x},
-            figures_of=f"Of the validation images, after epoch {len(rows)} of {s.epochs}; percent, but for val_loss.",
-            recipe=recipe_of(s),
-            digest=self.digest,
-        )
+        about = self.about_network
+        save_segmenter(network, folder, about)
+        facts = facts_of(self, rows, f"UPerNet with {about.backbone}, trained on {Path(self.settings.data).name}")
         facts.write(folder)
+        preprocessing = {name: getattr(about, name) for name in ("mean", "std", "short_side", "long_side")}
+        card = model_card(
+            facts,
+            classes=self.classes,
+            data_config=preprocessing,
+            source="FOLDER",
+            format="nat_models",
+            task="image-segmentation",
+        )
+        (folder / "README.md").write_text(card)
 
 
 class SegmentationMetrics(nn.Module):
