@@ -24,7 +24,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/python scripts/demo.py
 
 demo-segment: $(VENV)/.installed-demo
-	$(BIN)/python scripts/demo_segment.py
+	$(BIN)/python -m scripts.demo_segment
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadgroup

@@ -1,6 +1,6 @@
 """Fine-tunes UPerNet on NAT-Mini to find handwritten digits on photographs, and looks at what it learnt.
 
-    python scripts/demo_segment.py
+    python -m scripts.demo_segment
 
 The data are made on the spot: scikit-learn's digits, enlarged and turned, on patches of scikit-image's photographs; a
 label map says of each pixel which digit's ink it is. No digit and no patch of the held-out images is among the training
@@ -13,11 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
-import skimage.data
 import torch
-from PIL import Image
-from sklearn.datasets import load_digits
 
 from nat_models.errors import CheckpointError, Stopped, UserError
 from nat_models.resources import resource
@@ -30,67 +26,10 @@ from nat_models.training.settings import read_yaml
 from nat_models.training.tasks.segmentation import Segmentation, SegmentationSettings
 from nat_models.writing import write_atomically
 
+from .digit_scenes import write_masks
+
 DEMO = Path(__file__).resolve().parents[1] / "demo"
 REQUIRED = 70.0
-SIDE = 96
-IMAGES = {"train": 600, "val": 100}
-CLASSES = ["background", *map(str, range(10))]
-
-
-def photographs() -> list[np.ndarray]:
-    """Grey photographs that come with scikit-image."""
-    names = ("astronaut", "camera", "chelsea", "coffee", "rocket", "brick", "grass", "gravel", "moon", "coins")
-    pictures = [getattr(skimage.data, name)() for name in names]
-    return [np.asarray(Image.fromarray(picture).convert("L")) for picture in pictures]
-
-
-def write_data(folder: Path) -> None:
-    """images/ and masks/, each with train/ and val/; the folder appears when it is complete."""
-    if folder.is_dir():
-        return
-    temporary = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    digits, pictures = load_digits(), photographs()
-    rng = np.random.default_rng(0)
-    order = rng.permutation(len(digits.images))
-    cut = len(order) * 4 // 5
-    parts = {"train": order[:cut], "val": order[cut:]}
-    for part, count in IMAGES.items():
-        for kind in ("images", "masks"):
-            (temporary / kind / part).mkdir(parents=True)
-        for i in range(count):
-            image, mask = scene(digits, pictures, parts[part], part == "train", rng)
-            Image.fromarray(image).save(temporary / "images" / part / f"{i:04}.png")
-            Image.fromarray(mask).save(temporary / "masks" / part / f"{i:04}.png")
-    (temporary / "classes.txt").write_text("\n".join(CLASSES) + "\n")
-    temporary.rename(folder)
-
-
-def scene(digits, pictures: list[np.ndarray], chosen: np.ndarray, upper: bool, rng) -> tuple[np.ndarray, np.ndarray]:
-    """A patch of a photograph's upper part, or of the rest, with up to four digits apart, and its label map."""
-    picture = pictures[rng.integers(len(pictures))]
-    split = picture.shape[0] - max(SIDE, picture.shape[0] // 4)
-    picture = picture[:split] if upper else picture[split:]
-    row, col = (rng.integers(length - SIDE + 1) for length in picture.shape)
-    image = 128 + picture[row : row + SIDE, col : col + SIDE].astype(np.float32) / 2  # light, for dark ink
-    mask = np.zeros((SIDE, SIDE), np.uint8)
-    taken = np.zeros((SIDE, SIDE), bool)
-    for _ in range(rng.integers(2, 8)):
-        index = chosen[rng.integers(len(chosen))]
-        side = int(rng.integers(28, 45))
-        scan = Image.fromarray((digits.images[index] / 16 * 255).astype(np.uint8))
-        scan = scan.resize((side, side), Image.Resampling.BICUBIC).rotate(
-            float(rng.uniform(-25, 25)), Image.Resampling.BICUBIC, expand=True
-        )
-        ink = np.asarray(scan, np.float32) / 255
-        top, left = (int(rng.integers(SIDE - n + 1)) for n in ink.shape)
-        place = np.s_[top : top + ink.shape[0], left : left + ink.shape[1]]
-        if taken[place].any():
-            continue
-        taken[place] = True
-        image[place] *= 1 - ink
-        mask[place][ink > 0.4] = digits.target[index] + 1
-    return image.round().astype(np.uint8), mask
 
 
 def draw(task: Segmentation, folder: Path, path: Path, count: int = 8) -> None:
@@ -126,7 +65,7 @@ def main() -> int:
     elif run.exists():
         console.print(f"resuming the interrupted demo in {run}")
     demo.mkdir(parents=True, exist_ok=True)
-    write_data(demo / "data")
+    write_masks(demo / "data")
     recipe = read_yaml(resource("configs", "digits_segment.yaml"), SegmentationSettings)
     checkpoint = None if args.from_scratch else str(backbone)
     settings = SegmentationSettings(**recipe, data=str(demo / "data"), output=str(run), checkpoint=checkpoint)

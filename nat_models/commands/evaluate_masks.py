@@ -12,10 +12,11 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ..errors import UserError
 from ..training.evaluation import table
+from ..training.mask_sets import read_image
 from ..training.masks import MaskData, read_mask_data
 from ..training.report import console, track
 from ..training.segmenters import Segmenter, load_segmenter
-from ..training.segmenting import check_tile, read, segment
+from ..training.segmenting import check_tile, segment
 from ..training.tasks.segmentation import IGNORED, scores
 from ..writing import write_atomically, writing
 
@@ -74,7 +75,7 @@ def _evaluate(
     pairs = data.parts[part]
     options = dict(tile=args.tile, multi_scale=args.multi_scale, precision=args.precision)
     for image, mask in track(list(zip(pairs.images, pairs.masks, strict=True)), name):
-        found = segment(network, about, read(image, about), name=image.name, **options)
+        found = segment(network, about, read_image(image, len(about.mean)), name=image.name, **options)
         confusion.update(torch.from_numpy(found)[None].long(), torch.from_numpy(data.reading.read(mask))[None].long())
     matrix = confusion.compute().double()
     if not matrix.sum():

@@ -32,6 +32,7 @@ from timm.data.model_config import resolve_input_data_config
 from ..errors import UserError
 from ..training.decoding import Encoded, ImageFile, describe
 from ..training.evaluation import classify
+from ..training.mask_files import with_arrays
 from ..training.models import (
     add_computing_flags,
     add_model_flags,
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     segments = is_segmenter(Path(args.model))
     wrong = _OF_CLASSIFIERS if segments else _OF_SEGMENTERS
     refuse_flags(args, wrong, add_flags, f"a {'segmenter' if segments else 'classifier'}, as {args.model} is one")
-    chunks = _chunks(args)  # better known before weights are loaded
+    chunks = _chunks(args, with_arrays() if segments else None)  # better known before weights are loaded
     if segments:
         predict_masks(args, chunks)
         return
@@ -99,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"skipped {len(skipped)} images that cannot be read", file=sys.stderr)
 
 
-def _chunks(args: argparse.Namespace) -> Iterator[Sequence[Encoded]]:
+def _chunks(args: argparse.Namespace, kinds: frozenset[str] | None) -> Iterator[Sequence[Encoded]]:
     if args.sources != ["-"]:
         if args.sort_into is not None:
             folders = [source for source in args.sources if Path(source).is_dir()]
@@ -111,7 +112,7 @@ def _chunks(args: argparse.Namespace) -> Iterator[Sequence[Encoded]]:
                 raise UserError("-, standard input, must be the only source.")
             if "{" not in missing[0]:  # train-{000..009}.tar names shards
                 raise UserError(f"There is no file or folder {missing[0]}.")
-        return iter([find_images(args.sources)])
+        return iter([find_images(args.sources, kinds=kinds)])
     return _from_stdin(args.batch_size * (_CHUNK if args.num_workers else 1))
 
 

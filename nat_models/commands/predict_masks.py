@@ -11,9 +11,10 @@ import torch
 
 from ..errors import UserError
 from ..training.decoding import Encoded, describe
+from ..training.mask_sets import read_image
 from ..training.report import track
 from ..training.segmenters import load_segmenter
-from ..training.segmenting import areas, check_tile, label_png, overlay_jpeg, read, segment
+from ..training.segmenting import areas, check_tile, label_png, overlay_jpeg, segment
 from ..writing import write_atomically, writing
 
 _FIELDS = ("image", "class", "pixels", "percent")
@@ -45,7 +46,7 @@ def predict_masks(args: argparse.Namespace, chunks: Iterator[Sequence[Encoded]])
                 for image in track(images, "images"):
                     stem = _stem(image, taken)
                     try:
-                        picture = read(image, about)
+                        picture = read_image(image, len(about.mean))
                     except UserError as e:
                         if not args.skip_unreadable:
                             raise

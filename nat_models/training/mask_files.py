@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import Unreadable, UserError
-from .decoding import Encoded, describe, known_formats
+from .decoding import Encoded, describe, known_formats, suffixes
 
 # Formats that give back the very numbers that were saved.
 _EXACT = ("PNG", "TIFF", "BMP", "GIF", "TGA")
@@ -56,6 +56,11 @@ class Header(NamedTuple):
     height: int
     width: int
     orientation: int
+
+
+def with_arrays() -> frozenset[str]:
+    """The endings, in lower case, of images that may have any number of bands."""
+    return suffixes() | {ARRAY}
 
 
 def is_array(image: Encoded) -> bool:

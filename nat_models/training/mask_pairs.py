@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 from ..checkpoints.files import sha256_of
 from ..errors import UserError
-from .decoding import ImageFile, suffixes
+from .decoding import ImageFile
 from .images import is_run, say, scan
 from .listing import part_named, some
-from .mask_files import ARRAY, SUFFIXES, MaskFile
+from .mask_files import SUFFIXES, MaskFile, with_arrays
 
 _MASKS = ("masks", "annotations")
 _THREADS = 8
@@ -79,7 +79,7 @@ def _masks_of(folder: Path, folders: Sequence[str]) -> str:
 
 def _scan(folder: Path, side: str, exclude: list[Path], notes: list[str]) -> list[tuple[str, ImageFile]]:
     """Files below folder/side, each with its name from there on."""
-    files, passed_over = scan(folder / side, exclude, suffixes() | {ARRAY})
+    files, passed_over = scan(folder / side, exclude, with_arrays())
     if passed_over:
         notes.append(f"passed over in {folder / side}: {say(passed_over)}")
     return [(file.name, file._replace(name=f"{side}/{file.name}")) for file in files]

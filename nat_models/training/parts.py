@@ -103,7 +103,9 @@ def prepare(settings: Settings, task: Task, accelerator: Accelerator, initial_we
     scheduler, epochs = create_scheduler_v2(
         optimizer,
         sched=settings.sched,
-        decay_rate=1.0,  # the power of poly
+        decay_rate=0.1 if settings.sched == "multistep" else 1.0,  # of poly the power
+        # timm decays at the update before a milestone: half an update more makes it the first one after.
+        decay_milestones=[m + 0.5 / updates_per_epoch for m in settings.milestones],
         num_epochs=settings.epochs,
         warmup_epochs=settings.warmup_epochs,
         cooldown_epochs=settings.cooldown_epochs,

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.transforms.v2 import functional
 
 from ..errors import UserError
 from ..networks.upernet import UPerNet
-from .decoding import Encoded, decode, describe
-from .mask_sets import fitted
+from .decoding import Encoded, describe
+from .mask_sets import fitted, to_picture
 from .models import PRECISIONS
 from .segmenters import Segmenter
 
@@ -42,7 +43,7 @@ def scaled_size(height: int, width: int, about: Segmenter, factor: float = 1.0) 
 def segment(
     network: UPerNet,
     about: Segmenter,
-    image: Image.Image,
+    image: Tensor,
     *,
     tile: int | None = None,
     multi_scale: bool = False,
@@ -54,7 +55,7 @@ def segment(
     Args:
         network: In evaluation, on the device that computes.
         about: The classes, and how images are prepared.
-        image: Decoded, with as many channels as the segmenter has means.
+        image: [C, H, W] as mask_sets.read_image gives it, with as many bands as the segmenter has means.
         tile: None sees the image whole, resized as the segmenter says, and resizes the logits back. A number, in pixels
             and a multiple of 32, sees it at its own resolution in overlapping tiles of that side; a pixel's class is
             that of the tile in which it lies deepest. What is farther away than a tile's border it cannot see: the
@@ -70,16 +71,14 @@ def segment(
     if len(about.classes) > _MOST_CLASSES:
         raise UserError(f"A label map of 8 bits holds {_MOST_CLASSES} classes, the segmenter has {len(about.classes)}.")
     check_tile(tile)
-    values = np.asarray(image)
-    values = values[..., None] if values.ndim == 2 else values
     device = next(network.parameters()).device
     mean, std = (torch.tensor(x, dtype=torch.float32, device=device)[:, None, None] for x in (about.mean, about.std))
 
     def cut(rows: slice, cols: slice) -> Tensor:
-        pixels = torch.from_numpy(values[rows, cols].copy()).to(device)
-        return ((pixels.permute(2, 0, 1).float() / 255 - mean) / std)[None]
+        pixels = functional.to_dtype(image[:, rows, cols].as_subclass(Tensor).to(device), torch.float32, scale=True)
+        return ((pixels - mean) / std)[None]
 
-    height, width = values.shape[:2]
+    height, width = image.shape[1:]
     labels = np.empty((height, width), np.uint8)
     answer = _by_probability if multi_scale else _by_logits
     autocast = nullcontext() if precision == "float32" else torch.autocast(device.type, PRECISIONS[precision])
@@ -167,17 +166,6 @@ def _by_probability(network: UPerNet, pixels: Tensor, size_of: Callable) -> Tens
     return total[0].argmax(dim=0)
 
 
-def read(image: Encoded, about: Segmenter) -> Image.Image:
-    """The image with the channels that the segmenter takes.
-
-    Raises:
-        UserError: It cannot be read, or the segmenter takes neither grey nor colour.
-    """
-    if (channels := len(about.mean)) not in (1, 3):
-        raise UserError(f"The segmenter takes images of {channels} channels; those of 1 and 3 can be read here.")
-    return decode(image, channels)
-
-
 def label_png(labels: np.ndarray, about: Segmenter) -> bytes:
     """A label map as a PNG of 8 bits whose values are the classes; a palette shows them in their colours."""
     picture = Image.fromarray(labels)
@@ -194,10 +182,13 @@ def areas(labels: np.ndarray, image: Encoded, about: Segmenter) -> list[dict]:
     ]
 
 
-def overlay_jpeg(photograph: Image.Image, labels: np.ndarray, about: Segmenter) -> bytes:
-    """The photograph under its classes' colours, with a legend of those that occur; at most 2048 px wide or high."""
-    shown = photograph.convert("RGB")
-    shown.thumbnail((_SHOWN, _SHOWN))
+def overlay_jpeg(image: Tensor, labels: np.ndarray, about: Segmenter) -> bytes:
+    """The image [C, H, W] under its classes' colours, with a legend of those that occur; at most 2048 px wide or
+    high."""
+    size = image.shape[1:]
+    if (factor := _SHOWN / max(size)) < 1:
+        image = functional.resize(image, list(fitted(size, None, factor)), antialias=True)
+    shown = Image.fromarray(to_picture(image))
     small = np.asarray(Image.fromarray(labels).resize(shown.size, Image.Resampling.NEAREST))
     colours = np.asarray(about.colours, np.uint8)[small]
     blended = Image.blend(shown, Image.fromarray(colours), 0.5)

@@ -54,14 +54,15 @@ class Settings:
     head_only_epochs: int = option(0, "epochs in which the head alone is trained, before the rest joins in")
 
     epochs: int = option(30, "length of the schedule")
-    warmup_epochs: int = option(3, "epochs of linear warm-up, part of the schedule")
+    warmup_epochs: float = option(3, "epochs of linear warm-up, part of the schedule")
     cooldown_epochs: int = option(0, "epochs at min_lr after the schedule")
     batch_size: int = option(64, "images per process and step")
     grad_accum: int = option(1, "steps per update")
     global_batch_size: int | None = option(None, "images per update, over all processes and steps: sets grad_accum")
     auto_batch_size: bool = option(False, "halve batch_size, and double grad_accum, until a step fits in the memory")
     opt: str = option("adamw", "timm's name of the optimizer")
-    sched: str = option("cosine", "of the learning rate: cosine, or poly, a straight line")
+    sched: str = option("cosine", "of the learning rate: cosine, poly (a straight line) or multistep")
+    milestones: tuple[float, ...] = option((), "of multistep: the epochs after which it divides lr by 10")
     lr: float = option(5e-4, "peak learning rate, for the whole batch as it is: nothing is scaled")
     warmup_lr: float = option(1e-6, "learning rate of the first update")
     min_lr: float = option(1e-6, "learning rate at the end of the schedule")
@@ -104,7 +105,7 @@ class Settings:
             "batch_size": positive,
             "grad_accum": positive,
             "global_batch_size": positive,
-            "sched": (lambda x: x in ("cosine", "poly"), "be cosine or poly"),
+            "sched": (lambda x: x in ("cosine", "poly", "multistep"), "be cosine, poly or multistep"),
             "lr": (lambda x: x > 0, "be above 0"),
             "clip_grad": (lambda x: x is None or x > 0, "be above 0"),
             "ema_decay": (lambda x: x is None or 0 < x < 1, "lie between 0 and 1"),
@@ -124,6 +125,10 @@ class Settings:
         for name, (holds, rule) in self.rules().items():
             if not holds(value := getattr(self, name)):
                 raise UserError(f"{name} must {rule}, got {value!r}.")
+        if (self.sched == "multistep") != bool(self.milestones):
+            raise UserError(f"milestones go with sched multistep, got {self.milestones} with {self.sched}.")
+        if list(self.milestones) != sorted(m for m in self.milestones if 0 < m < self.epochs):
+            raise UserError(f"milestones must rise, between 0 and epochs, {self.epochs}, got {self.milestones}.")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise UserError(f"warmup_epochs must be below epochs, {self.epochs}, got {self.warmup_epochs!r}.")
 

@@ -66,9 +66,14 @@ class Data:
 
 
 def read_listing(
-    source: str | Path, *, exclude: Iterable[Path] = (), columns: Columns = USUAL, labelled: bool = True
+    source: str | Path,
+    *,
+    exclude: Iterable[Path] = (),
+    columns: Columns = USUAL,
+    labelled: bool = True,
+    kinds: frozenset[str] | None = None,
 ) -> Listing:
-    """What a source holds, in any of the shapes that are read; see read_data for them."""
+    """What a source holds, in any of the shapes that are read; see read_data for them, and scan for `kinds`."""
     source, path = str(source), Path(source)
     suffix = path.suffix.lower()
     if path.is_file() and suffix in SUFFIXES:
@@ -87,7 +92,7 @@ def read_listing(
         return read_saved_dataset(path, columns, labelled)
     if table := next((path / f"metadata{s}" for s in SUFFIXES if (path / f"metadata{s}").is_file()), None):
         return read_table(table, columns, labelled)
-    images, passed_over = scan(path, exclude)
+    images, passed_over = scan(path, exclude, kinds)
     if not images and passed_over[".parquet"]:
         return read_datasets(parquet_parts(path), columns, labelled)
     if not images and passed_over[".tar"]:
@@ -301,18 +306,26 @@ def drop_unreadable(data: Data, *, verify: str, skip: bool, limit: float) -> Non
     data.notes.append(f"left out: {len(errors)} of {total:,} images, which cannot be read, such as {errors[0]}")
 
 
-def find_images(sources: Iterable[str | Path], exclude: Iterable[Path] = ()) -> list[Encoded]:
+def find_images(
+    sources: Iterable[str | Path], exclude: Iterable[Path] = (), kinds: frozenset[str] | None = None
+) -> list[Encoded]:
     """Images without labels, of files, folders, tables, shards and saved datasets: each once, in order.
+
+    Args:
+        sources: Where they are.
+        exclude: Folders that are passed over.
+        kinds: The endings, in lower case, of files that are images; None takes what `decode` reads.
 
     Raises:
         UserError: A source is none of these, or holds no image.
     """
+    files = suffixes() if kinds is None else kinds
     found: dict[Encoded, None] = {}
     for source in sources:
         path = Path(source)
-        if path.is_file() and path.suffix.lower() in suffixes():
+        if path.is_file() and path.suffix.lower() in files:
             found[ImageFile(path.as_posix(), str(path))] = None
             continue
-        listing = read_listing(source, exclude=exclude, labelled=False)
+        listing = read_listing(source, exclude=exclude, labelled=False, kinds=kinds)
         found.update(dict.fromkeys(image for items in listing.parts.values() for image, _ in items))
     return list(found)

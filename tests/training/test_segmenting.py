@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from nat_models.cli import main
 from nat_models.training.segmenters import Segmenter, load_segmenter, save_segmenter
@@ -50,14 +51,14 @@ def images(tmp_path) -> Path:
     return tmp_path / "images"
 
 
-def _image(height: int, width: int) -> Image.Image:
-    """Coarse spots of random colours."""
+def _image(height: int, width: int) -> torch.Tensor:
+    """[3, H, W] of coarse spots of random colours."""
     values = np.random.default_rng(1).integers(0, 256, (height // 16, width // 16, 3), np.uint8)
-    return Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC)
+    return pil_to_tensor(Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def _pixels(image: Image.Image) -> torch.Tensor:
-    return ((torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - 0.5) / 0.2)[None]
+def _pixels(image: torch.Tensor) -> torch.Tensor:
+    return ((image / 255 - 0.5) / 0.2)[None]
 
 
 def test_a_folder_of_images_becomes_label_maps_overlays_and_areas(run, images, tmp_path, capsys):
@@ -71,7 +72,7 @@ def test_a_folder_of_images_becomes_label_maps_overlays_and_areas(run, images, t
     for number, name in enumerate(("a.png", "more/b.jpg")):
         image = Image.open(images / name)
         with torch.no_grad():
-            expected = network(_pixels(image))[0].argmax(0).numpy()
+            expected = network(_pixels(pil_to_tensor(image)))[0].argmax(0).numpy()
         mask = Image.open(output / "masks" / Path(name).with_suffix(".png"))
         assert mask.mode == "P" and mask.getpalette()[:9] == [part for colour in about.colours for part in colour]
         assert (np.asarray(mask) == expected).mean() > 0.999  # of logits that are equal but for rounding any wins
@@ -116,6 +117,41 @@ def test_mistakes_are_one_line(flags, message, run, images, tmp_path, monkeypatc
 def test_a_classifier_has_no_tiles(images, capsys):
     assert main(["predict", "--model", "nat_mini", "--no-pretrained", str(images), "--tile", "512"]) == 2
     assert "--tile is not for a classifier, as nat_mini is one." in capsys.readouterr().err
+
+
+def test_arrays_of_any_number_of_bands_are_read_as_training_reads_them(tmp_path, capsys):
+    about = replace(ABOUT, backbone_kwargs=dict(TINY, in_chans=6), mean=[0.5] * 6, std=[0.2] * 6)
+    _save(tmp_path / "run", about)
+    network, _ = load_segmenter(tmp_path / "run")
+    (tmp_path / "scenes").mkdir()
+    reflectances = np.random.default_rng(0).random((6, 4, 5))
+    fine = F.interpolate(torch.from_numpy(reflectances)[None].float(), (64, 80), mode="bilinear")[0]
+    for name, array in (
+        ("float", fine.numpy()),
+        ("uint16", (fine * 65535).round().numpy().astype(np.uint16)),
+        ("uint8", (fine * 255).round().numpy().astype(np.uint8)),
+    ):
+        np.save(tmp_path / "scenes" / f"{name}.npy", array.transpose(1, 2, 0))
+    argv = ["predict", "--model", str(tmp_path / "run"), str(tmp_path / "scenes"), "--output", str(tmp_path / "out")]
+    assert main(argv) == 0
+    with torch.no_grad():
+        expected = network((fine[None] - 0.5) / 0.2)[0].argmax(0).numpy()
+    assert len(np.unique(expected)) > 1
+    for name, least in (("float", 0.999), ("uint16", 0.999), ("uint8", 0.98)):
+        assert (np.asarray(Image.open(tmp_path / "out" / "masks" / f"{name}.png")) == expected).mean() > least
+        assert Image.open(tmp_path / "out" / "overlays" / f"{name}.jpg").height >= 64
+    np.save(tmp_path / "scenes" / "five.npy", np.zeros((64, 80, 5), np.uint8))
+    assert main(argv) == 2
+    assert "five.npy must be an array [H, W, 6], got [64, 80, 5]." in capsys.readouterr().err
+    Image.new("RGB", (64, 64)).save(tmp_path / "photo.png")
+    assert main(["predict", "--model", str(tmp_path / "run"), str(tmp_path / "photo.png")]) == 2
+    assert "photo.png cannot be read as 6 bands: save such images as .npy, [H, W, C]." in capsys.readouterr().err
+
+
+def test_a_classifier_reads_no_arrays(tmp_path, capsys):
+    np.save(tmp_path / "scene.npy", np.zeros((64, 64, 3), np.uint8))
+    assert main(["predict", "--model", "nat_mini", "--no-pretrained", str(tmp_path)]) == 2
+    assert "1 .npy" in capsys.readouterr().err
 
 
 def test_unreadable_images_are_skipped_on_request(run, images, tmp_path, capsys):
@@ -217,7 +253,7 @@ def test_what_is_not_finite_is_an_error(run):
 def test_the_overlay_has_the_classes_colours_and_a_legend_of_those_that_occur():
     labels = np.zeros((200, 300), np.uint8)
     labels[:, 150:] = 2
-    picture = Image.open(io.BytesIO(overlay_jpeg(Image.new("RGB", (300, 200)), labels, ABOUT)))
+    picture = Image.open(io.BytesIO(overlay_jpeg(torch.zeros(3, 200, 300, dtype=torch.uint8), labels, ABOUT)))
     left, right = picture.getpixel((50, 100)), picture.getpixel((250, 100))
     assert np.allclose(left, (0, 0, 127), atol=6) and np.allclose(right, (125, 125, 0), atol=6)
     legend = np.asarray(picture)[:, 302:].astype(int)
@@ -230,7 +266,7 @@ def test_tiles_of_24_megapixels_stay_under_3_gib(tmp_path):
     names = [str(i) for i in range(150)]
     about = replace(ABOUT, backbone_kwargs={}, channels=128, classes=names, colours=[(i, i, i) for i in range(150)])
     _save(tmp_path / "run", about)
-    _image(4000, 6000).save(tmp_path / "large.png")
+    to_pil_image(_image(4000, 6000)).save(tmp_path / "large.png")
     argv = ["predict", "--model", "run", "large.png", "--tile", "512"]
     code = (
         "import json, resource, sys\nfrom nat_models.cli import main\n"
