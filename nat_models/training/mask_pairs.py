@@ -4,20 +4,18 @@ import os
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ..checkpoints.files import sha256_of
 from ..errors import UserError
 from .decoding import ImageFile
-from .images import is_run, say, scan
+from .images import is_run, say, scan, threaded
 from .listing import part_named, some
 from .mask_files import SUFFIXES, MaskFile, with_arrays
 
 _MASKS = ("masks", "annotations")
-_THREADS = 8
 
 
 class Pair(NamedTuple):
@@ -26,12 +24,6 @@ class Pair(NamedTuple):
     stem: str
     image: ImageFile
     mask: MaskFile
-
-
-def threaded(work: Callable, items: Iterable) -> list:
-    """What `work` makes of each item, in their order."""
-    with ThreadPoolExecutor(max_workers=_THREADS) as pool:
-        return list(pool.map(work, items))
 
 
 def list_pairs(folder: Path, exclude: list[Path]) -> tuple[dict[str, list[Pair]], list[str]]:

@@ -15,8 +15,9 @@ from ...errors import UserError
 from ...networks.upernet import upernet
 from ..cards import facts_of, model_card
 from ..mask_sets import IMAGENET_MEAN, IMAGENET_STD, MaskSet, band_statistics, make_augmentation, make_evaluation
-from ..masks import histogram, read_mask_data
-from ..pixel_losses import IGNORED, LOSSES, pixel_loss
+from ..mask_values import IGNORE
+from ..masks import read_mask_data
+from ..pixel_losses import LOSSES, pixel_loss
 from ..segmenters import Segmenter, save_segmenter
 from ..settings import Settings, option
 from ..weighting import class_weights
@@ -115,7 +116,7 @@ class Segmentation:
         self.classes, self.digest = list(self.data.names), self.data.digest()
         self.train, self.val = self.data.parts["train"], self.data.parts["val"]
         self.sizes = len(self.train.images), len(self.val.images)
-        counts = histogram(self.data, allow_empty=s.allow_empty)
+        counts = self.data.counts
         self.notes = list(self.data.notes)
         if not sum(counts.pixels["val"]):
             raise UserError("No pixel of the validation masks is labelled: nothing could be measured.")
@@ -237,7 +238,7 @@ class SegmentationMetrics(nn.Module):
     def __init__(self, classes: Sequence[str]):
         super().__init__()
         self.classes, self.loss = list(classes), MeanMetric()
-        self.confusion = MulticlassConfusionMatrix(len(classes), ignore_index=IGNORED)
+        self.confusion = MulticlassConfusionMatrix(len(classes), ignore_index=IGNORE)
 
     def update(self, predictions: Sequence[tuple[Tensor, Tensor]], batch: Sequence[Sequence[Tensor]]) -> None:
         for (labels, loss), true in zip(predictions, batch[1], strict=True):
