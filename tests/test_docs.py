@@ -5,8 +5,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from nat_models.checkpoints import convert_state_dict
 from nat_models.checkpoints.saving import synsets, transformers_config
 from nat_models.cli import main
 from tests.conftest import original_state_dict
+from tests.forks import Forks
 from tests.hub import Hub, client_environment
 
 ROOT = Path(__file__).parents[1]
@@ -87,6 +86,14 @@ def desk(tmp_path_factory) -> Path:
     return desk
 
 
+@pytest.fixture(scope="module")
+def forks(hub, desk):
+    environment = {**os.environ, **client_environment(hub.endpoint, desk / "cache"), "HF_TOKEN": "hf_user"}
+    forks = Forks(environment, desk)
+    yield forks
+    forks.close()
+
+
 # Pages that need no published weights run in this process, which spares importing PyTorch for every line.
 LOCAL = (
     "docs/finetune.md",
@@ -130,17 +137,15 @@ def test_every_page_is_known():
 @pytest.mark.parametrize(
     "page", [pytest.param(page, marks=pytest.mark.xdist_group(page)) for page in PAGES if page not in LOCAL]
 )
-def test_how_tos_run_as_printed(page, hub, desk):
-    environment = {**os.environ, **client_environment(hub.endpoint, desk / "cache"), "PYTHONPATH": str(ROOT)}
-    environment["HF_TOKEN"] = "hf_user"
+def test_how_tos_run_as_printed(page, forks, desk):
     ran = 0
     for _, block in _blocks(page):
         if block.startswith("make "):
             continue
-        commands = [[sys.executable, "-m", "nat_models", *words] for words in _commands(block)]
-        for command in commands or [[sys.executable, "-c", block]]:
-            run = subprocess.run(command, cwd=desk, env=environment, capture_output=True, text=True)
-            assert run.returncode == 0, f"{block}\n{run.stdout}\n{run.stderr}"
+        runs = [dict(command=words) for words in _commands(block)] or [dict(code=block)]
+        for run in runs:
+            code, output = forks.run(**run)
+            assert code == 0, f"{block}\n{output}"
         ran += 1
     assert ran == PAGES[page]
     if page == "README.md":
@@ -156,10 +161,9 @@ def _rows() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("used, code", _rows())
-def test_who_comes_from_elsewhere_is_served(used, code, hub, desk):
-    environment = {**os.environ, **client_environment(hub.endpoint, desk / "cache"), "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, "-c", code], cwd=desk, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, f"{used}\n{run.stdout}\n{run.stderr}"
+def test_who_comes_from_elsewhere_is_served(used, code, forks):
+    code, output = forks.run(code=code)
+    assert code == 0, f"{used}\n{output}"
 
 
 def test_every_kind_of_reader_has_a_row():

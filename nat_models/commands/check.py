@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from ..training.drawing import draw_truth, png
 from ..training.mask_sets import MaskSet, band_statistics, make_augmentation, to_picture
-from ..training.masks import MaskData, histogram, read_mask_data
+from ..training.masks import MaskData, read_mask_data
 from ..training.models import count, fraction, positive
 from ..training.report import console
 from ..writing import write_atomically, writing
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
         console.print(line)
     sizes = ", ".join(f"{len(part):,} {name}" for name, part in data.parts.items())
     console.print(f"{sizes} images with masks, {len(data.names)} classes")
-    for line in histogram(data, allow_empty=True).lines():
+    for line in data.counts.lines():
         console.print(line)
     first = next(iter(data.parts.values()))
     mean, std = band_statistics(first.images, args.in_chans)

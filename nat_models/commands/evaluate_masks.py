@@ -13,11 +13,12 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from ..errors import UserError
 from ..training.evaluation import table
 from ..training.mask_sets import read_image
+from ..training.mask_values import IGNORE
 from ..training.masks import MaskData, read_mask_data
 from ..training.report import console, track
 from ..training.segmenters import Segmenter, load_segmenter
 from ..training.segmenting import check_tile, segment
-from ..training.tasks.segmentation import IGNORED, scores
+from ..training.tasks.segmentation import scores
 from ..writing import write_atomically, writing
 
 _READING = ("classes", "reduce_zero_label", "mask_values", "group")  # of a run, how its masks are read
@@ -71,7 +72,7 @@ def _read(args: argparse.Namespace, name: str, about: Segmenter) -> tuple[MaskDa
 def _evaluate(
     args: argparse.Namespace, name: str, network, about: Segmenter, data: MaskData, part: str, folder: Path | None
 ) -> dict:
-    confusion = MulticlassConfusionMatrix(len(about.classes), ignore_index=IGNORED)
+    confusion = MulticlassConfusionMatrix(len(about.classes), ignore_index=IGNORE)
     pairs = data.parts[part]
     options = dict(tile=args.tile, multi_scale=args.multi_scale, precision=args.precision)
     for image, mask in track(list(zip(pairs.images, pairs.masks, strict=True)), name):

@@ -21,10 +21,11 @@ import argparse
 from ..training import settings
 from ..training.engine import train
 from ..training.tasks.classification import Classification
+from ..training.tasks.detection import Detection
 from ..training.tasks.segmentation import Segmentation
 from ..training.tuning import find_lr
 
-TASKS = {"classify": Classification, "segment": Segmentation}
+TASKS = {"classify": Classification, "segment": Segmentation, "detect": Detection}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

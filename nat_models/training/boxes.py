@@ -13,7 +13,8 @@ from ..errors import Unreadable, UserError
 from .annotations import AnnotatedPart, Texts
 from .box_checks import Upright, check_objects, look_at
 from .box_layouts import read_raw_boxes
-from .held_out import grouping, split, threaded
+from .held_out import grouping, split
+from .images import threaded
 from .listing import some
 from .mask_values import distinct_colour
 from .outlines import Outlines

@@ -1,6 +1,7 @@
 """Model cards: what a README.md on the Hub tells people, and the metadata at its top that the Hub reads."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -10,13 +11,14 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..errors import UserError
 from .settings import FREE, Settings
+from .task import Task
 
 FORMATS = ("timm", "transformers")
 _FILE = "card.json"
 _SHOWN_CLASSES = 100
 # The Hub's words for figures, where it has others.
 _METRICS = {"top1": "accuracy", "map": "mean_average_precision", "macro_f1": "f1", "macro_recall": "recall"}
-_METRICS |= {"macro_precision": "precision"}
+_METRICS |= {"macro_precision": "precision", "miou": "mean_iou"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,29 @@ def read_facts(folder: Path) -> Facts | None:
         raise UserError(f"{folder / _FILE} cannot be read: {e}") from None
 
 
+def facts_of(task: Task, rows: Sequence[Mapping], title: str, **more) -> Facts:
+    """What a run tells of the weights that it saves.
+
+    Args:
+        task: Of the run.
+        rows: Its epochs so far, each with its figures.
+        title: Of the card.
+        **more: More fields of Facts.
+    """
+    s, last = task.settings, rows[-1] if rows else {}
+    return Facts(
+        title=title,
+        about="Trained with [nat_models](https://arxiv.org/abs/2204.07143): "
+        f"{task.about}, {task.sizes[0]:,} training and {task.sizes[1]:,} validation images.",
+        dataset=Path(s.data).name or None,
+        figures={name: last[name] for name in task.figures if name in last and not math.isnan(last[name])},
+        figures_of=f"Of the validation images, after epoch {len(rows)} of {s.epochs}; percent, but for val_loss.",
+        recipe=recipe_of(s),
+        digest=task.digest,
+        **more,
+    )
+
+
 def recipe_of(settings: Settings) -> dict:
     """The settings of a run that differ from the defaults and decide its course, and the model's name."""
     plain, defaults = settings.plain(), {f.name: f.default for f in fields(settings)}
@@ -75,7 +100,14 @@ def _as_plain(value):
 
 
 def model_card(
-    facts: Facts, *, classes: Sequence[str], data_config: Mapping, source: str, format: str = "timm", create: str = ""
+    facts: Facts,
+    *,
+    classes: Sequence[str],
+    data_config: Mapping,
+    source: str,
+    format: str = "timm",
+    create: str = "",
+    task: str = "image-classification",
 ) -> str:
     """A model card in Markdown, with the metadata that the Hub reads.
 
@@ -84,21 +116,25 @@ def model_card(
         classes: Their names.
         data_config: The preprocessing, in timm's words.
         source: Where the weights are: a folder, or a repository USER/NAME on the Hub.
-        format: One of FORMATS, of the folder or repository.
+        format: One of FORMATS, of the folder or repository, or "nat_models" for one that neither library loads.
         create: Of the transformers format: the call of timm.create_model that loads it.
+        task: The Hub's word, "image-classification" or "image-segmentation"; the latter is of a segmenter's folder.
     """
     on_hub = source != "FOLDER"
-    tags = list(dict.fromkeys(["image-classification", format, "nat_models"]))
+    tags = list(dict.fromkeys([task, format, "nat_models"]))
     head = ModelCardData(
         license=facts.license,
         library_name=format,
-        pipeline_tag="image-classification",
+        pipeline_tag=task,
         tags=tags,
         base_model=facts.base_model,
         model_name=facts.title,
-        eval_results=_results(facts) or None,
+        eval_results=_results(facts, task) or None,
     )
-    usage = _timm_usage(source, on_hub) if format == "timm" else _transformers_usage(source, create)
+    if task == "image-segmentation":
+        usage = _segmenter_usage(source)
+    else:
+        usage = _timm_usage(source, on_hub) if format == "timm" else _transformers_usage(source, create)
     more = f" and {len(classes) - _SHOWN_CLASSES} more" if len(classes) > _SHOWN_CLASSES else ""
     sections = {
         "": f"{facts.about}\n\nClasses: {', '.join(classes[:_SHOWN_CLASSES])}{more}".strip(),
@@ -119,12 +155,12 @@ def _without_name(head: ModelCardData) -> str:
     return head.to_yaml().strip()
 
 
-def _results(facts: Facts) -> list[EvalResult]:
+def _results(facts: Facts, task: str) -> list[EvalResult]:
     if facts.dataset is None:
         return []
     return [
         EvalResult(
-            task_type="image-classification",
+            task_type=task,
             dataset_type=facts.dataset.lower(),
             dataset_name=facts.dataset,
             metric_type=_METRICS.get(name, name),
@@ -132,7 +168,7 @@ def _results(facts: Facts) -> list[EvalResult]:
             metric_value=round(value, 4),
         )
         for name, value in facts.figures.items()
-        if name != "val_loss"
+        if name != "val_loss" and not name.startswith("iou ")  # of one class
     ]
 
 
@@ -185,6 +221,28 @@ classify = transformers.pipeline("image-classification", model="{source}")
 Without nat_models: transformers 4.57 and before, beside NATTEN before 0.20, read the repository as it is.
 
 {_tensors(source)}"""
+
+
+def _segmenter_usage(source: str) -> str:
+    return f"""Label maps, pictures to look at and the areas of the classes, into `segmented/`:
+
+```bash
+nat-models predict --model {source} photo.jpg
+```
+
+The network in Python:
+
+```python
+from pathlib import Path
+
+from nat_models.training.segmenters import load_segmenter
+
+network, about = load_segmenter(Path("{source}"))
+print(about.classes, about.mean, about.std)
+```
+
+`network(images)` gives logits [B, classes, H, W] of images [B, channels, H, W] that were scaled to the range of 0 to 1
+and normalised with `about.mean` and `about.std`."""
 
 
 def _tensors(source: str) -> str:

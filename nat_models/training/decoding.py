@@ -2,6 +2,8 @@
 
 import functools
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
@@ -70,15 +72,9 @@ def decode(image: Encoded, in_chans: int, background: tuple[int, int, int] = WHI
     Raises:
         Unreadable: It cannot be read, or its range is not known; the message names it.
     """
-    try:
-        with warnings.catch_warnings(), image.open() as file:
-            warnings.simplefilter("ignore")  # of large images and damaged metadata; damaged pixels are errors
-            with Image.open(file, formats=known_formats()) as opened:
-                opened.load()
-                upright = _upright(opened)
-                return _to_8_bits(upright, background).convert("L" if in_chans == 1 else "RGB")
-    except Exception as e:  # of a damaged file, Pillow's plugins raise whatever they happen to meet
-        raise Unreadable(f"{describe(image)} cannot be read as an image: {e or type(e).__name__}") from None
+    with _opened(image) as opened:
+        opened.load()
+        return _to_8_bits(_upright(opened), background).convert("L" if in_chans == 1 else "RGB")
 
 
 def check_header(image: Encoded) -> None:
@@ -87,12 +83,19 @@ def check_header(image: Encoded) -> None:
     Raises:
         Unreadable: It is no image.
     """
+    with _opened(image):
+        pass
+
+
+@contextmanager
+def _opened(image: Encoded) -> Iterator[Image.Image]:
+    """The image with its header read; whatever is wrong with it within the block is Unreadable."""
     try:
         with warnings.catch_warnings(), image.open() as file:
-            warnings.simplefilter("ignore")
-            with Image.open(file, formats=known_formats()):
-                pass
-    except Exception as e:
+            warnings.simplefilter("ignore")  # of large images and damaged metadata; damaged pixels are errors
+            with Image.open(file, formats=known_formats()) as opened:
+                yield opened
+    except Exception as e:  # of a damaged file, Pillow's plugins raise whatever they happen to meet
         raise Unreadable(f"{describe(image)} cannot be read as an image: {e or type(e).__name__}") from None
 
 

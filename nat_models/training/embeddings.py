@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -25,8 +24,8 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..writing import write_atomically, writing
 from .decoding import Encoded, ImageFile, decode
-from .images import ImageSet, make_loader, read_batches
-from .models import PRECISIONS, make_model
+from .images import load_images, read_batches
+from .models import PRECISIONS, computing, make_model
 from .report import console, track
 
 KINDS = ("pooled", "levels", "dense")
@@ -65,7 +64,8 @@ class Extractor:
         self.name = model if isinstance(model, str) else model.pretrained_cfg.get("architecture", "model")
         self.kind, self.level, self.img_size, self.precision, self.device = kind, level, img_size, precision, device
         self.model_kwargs = model_kwargs
-        self._given, self._model = not isinstance(model, str), None if isinstance(model, str) else model
+        self._given = not isinstance(model, str)
+        self._model = model.to(device).eval() if self._given else None
 
     def __getstate__(self) -> dict:
         return {**vars(self), "_model": self._model if self._given else None}
@@ -73,8 +73,8 @@ class Extractor:
     @property
     def model(self) -> nn.Module:
         if self._model is None:
-            self._model = make_model(self.name, **{"pretrained": True, "img_size": self.img_size, **self.model_kwargs})
-        self._model = self._model.to(self.device).eval()
+            model = make_model(self.name, **{"pretrained": True, "img_size": self.img_size, **self.model_kwargs})
+            self._model = model.to(self.device).eval()
         return self._model
 
     @property
@@ -85,10 +85,8 @@ class Extractor:
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:
         """Features in float32, on the CPU, of images [B, C, H, W] that were preprocessed."""
-        dtype, model = PRECISIONS[self.precision], self.model
-        device = torch.device(self.device)
-        with nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype):
-            images = images.to(device)
+        model, images = self.model, images.to(self.device)
+        with computing(self.precision, self.device):
             if self.kind == "pooled":
                 found = model.forward_head(model.forward_features(images), pre_logits=True)
             else:
@@ -206,9 +204,7 @@ def extract(
         _claim(output, identity, resume, state)
     left = [(path, shard) for path, shard in zip(paths, shards, strict=True) if one_file or not path.exists()]
     todo = [i for _, shard in left for i in shard]
-    loader = make_loader(
-        ImageSet(images, None, config["input_size"][0], create_transform(**config)), batch_size, workers, sampler=todo
-    )
+    loader = load_images(images, config, batch_size, workers, sampler=todo)
     batches = read_batches(track(loader, "images", state.is_main_process), _skip if skip_unreadable else None)
     rows, written, shape = iter(_rows(extractor, batches)), 0, ()
     held = next(rows, None)

@@ -3,13 +3,11 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from timm.data import create_transform
 from torch import Tensor, nn
 from torchmetrics.functional.classification import (
     binary_calibration_error,
@@ -23,8 +21,8 @@ from ..errors import UserError
 from ..writing import csv_text, write_atomically
 from .decoding import Encoded, describe
 from .drawing import draw_confusion, draw_reliability, draw_sheet, png
-from .images import ImageSet, make_loader, read_batches
-from .models import PRECISIONS, readable
+from .images import load_images, read_batches
+from .models import computing, readable
 from .report import track
 
 BINS = 15  # of the calibration error, as in Guo et al., arXiv:1706.04599
@@ -83,14 +81,11 @@ def classify(
     Raises:
         UserError: An image cannot be read, or what the model computes of one is not finite.
     """
-    target, dtype = torch.device(device), PRECISIONS[precision]
-    model = model.to(target).eval()
-    image_set = ImageSet(images, None, data_config["input_size"][0], create_transform(**data_config))
-    loader = make_loader(image_set, batch_size, workers)
-    autocast = nullcontext() if dtype == torch.float32 else torch.autocast(target.type, dtype)
+    model = model.to(device).eval()
+    loader = load_images(images, data_config, batch_size, workers)
     for batch, indices in read_batches(track(loader, description), on_error):
-        with autocast:
-            logits = model(batch.to(target))
+        with computing(precision, device):
+            logits = model(batch.to(device))
         logits = logits.float()
         probabilities = (logits.sigmoid() if multi_label else logits.softmax(dim=1)).cpu()
         found = indices.tolist()

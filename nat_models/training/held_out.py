@@ -4,17 +4,15 @@ import os
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from ..checkpoints.files import sha256_of
 from ..errors import UserError
 from .decoding import ImageFile
+from .images import threaded
 from .listing import some
-
-_THREADS = 8
 
 
 class Pictured(Protocol):
@@ -25,12 +23,6 @@ class Pictured(Protocol):
 
 
 P = TypeVar("P", bound=Pictured)
-
-
-def threaded(work: Callable, items: Iterable) -> list:
-    """What `work` makes of each item, in their order."""
-    with ThreadPoolExecutor(max_workers=_THREADS) as pool:
-        return list(pool.map(work, items))
 
 
 def grouping(group: str | None) -> Callable[[P], str]:

@@ -7,7 +7,7 @@ import os
 import random
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,14 +15,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..errors import UserError
 from .decoding import WHITE, Encoded, ImageFile, advice, check_header, decode, suffixes
+from .sampling import derive_seed
 
-__all__ = ["Encoded", "ImageFile", "ImageSet", "check_images", "decode", "list_images", "make_loader", "read_batches"]
+__all__ = ["Encoded", "ImageFile", "ImageSet", "check_images", "decode", "list_images", "load_images"]
+__all__ += ["make_loader", "read_batches"]
 
+_THREADS = 8  # that read files
 _JUNK = {"thumbs.db", "desktop.ini"}
 
 
@@ -124,14 +128,19 @@ def check_images(images: Sequence[Encoded], full: bool = False) -> dict[int, Use
             return e
         return None
 
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        found = {i: error for i, error in enumerate(pool.map(check, images)) if error is not None}
+    found = {i: error for i, error in enumerate(threaded(check, images)) if error is not None}
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         temporary = remembered.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(json.dumps({i: str(error) for i, error in found.items()}))
         os.replace(temporary, remembered)
     return found
+
+
+def threaded(work: Callable, items: Iterable) -> list:
+    """What `work` makes of each item, in their order."""
+    with ThreadPoolExecutor(max_workers=_THREADS) as pool:
+        return list(pool.map(work, items))
 
 
 class Items(Dataset):
@@ -212,7 +221,7 @@ class ImageSet(Items):
 def drawing_from(*numbers: int) -> Iterator[None]:
     """Random numbers of Python, NumPy and PyTorch (CPU) that depend on these numbers alone; then all is as before."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    seed = derive_seed(*numbers)
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)
@@ -242,6 +251,22 @@ def make_loader(images: Dataset, batch_size: int, workers: int = 0, **kwargs) ->
     return DataLoader(
         images, batch_size, num_workers=workers, collate_fn=collate, worker_init_fn=_start_worker, **kwargs
     )
+
+
+def load_images(
+    images: Sequence[Encoded], data_config: Mapping, batch_size: int, workers: int = 0, **kwargs
+) -> DataLoader:
+    """A loader of images and their indices as `make_loader` makes one.
+
+    Args:
+        images: Where the images are.
+        data_config: The preprocessing, in timm's words.
+        batch_size: Images per step.
+        workers: Processes that load images.
+        **kwargs: Of the DataLoader.
+    """
+    image_set = ImageSet(images, None, data_config["input_size"][0], create_transform(**data_config))
+    return make_loader(image_set, batch_size, workers, **kwargs)
 
 
 def read_batches(loader: Iterable, on_error: Callable[[UserError], None] | None = None) -> Iterator[list[Tensor]]:

@@ -11,7 +11,8 @@ import numpy as np
 
 from ..errors import Unreadable, UserError
 from .decoding import ImageFile, decode
-from .held_out import grouping, split, threaded
+from .held_out import grouping, split
+from .images import threaded
 from .listing import some
 from .mask_files import MaskFile, is_array, load_array, read_header, read_raw, turn_to
 from .mask_pairs import Pair, list_pairs
@@ -40,6 +41,7 @@ class MaskData:
         reading: Reads a mask as class indices.
         colours: (red, green, blue) of each class, of the data where they have some.
         found: For each part, how many pixels hold each number (or packed colour) of the files.
+        counts: How many pixels each class has; set when everything else is.
         notes: Lines that a user should see.
     """
 
@@ -48,6 +50,7 @@ class MaskData:
     reading: MaskReading
     colours: list[tuple[int, int, int]]
     found: dict[str, Counter]
+    counts: "Histogram | None" = None
     notes: list[str] = field(default_factory=list)
 
     def digest(self) -> str:
@@ -195,7 +198,7 @@ def read_mask_data(
     looks = dict(zip((pair.mask.path for pair in pairs), threaded(look, pairs), strict=True))
     parts = _drop(parts, looks, unreadable_limit if skip_unreadable else 0.0, notes)
     pairs = [pair for items in parts.values() for pair in items]
-    data = MaskData([], {}, MaskReading({}), [], {}, notes)
+    data = MaskData([], {}, MaskReading({}), [], {}, notes=notes)
     where: dict[int, str] = {}
     for part, items in parts.items():
         turned = [pair.mask._replace(turn=looks[pair.mask.path][0]) for pair in items]
@@ -213,7 +216,7 @@ def read_mask_data(
         data.names = list(names)
     palette = next((looks[pair.mask.path][2] for pair in pairs if looks[pair.mask.path][2] is not None), None)
     data.colours = choose_colours(data.names, data.reading, palette)
-    counted = histogram(data, allow_empty=allow_empty)
+    data.counts = histogram(data, allow_empty=allow_empty)
     turns = sum(mask.turn != 1 for part in data.parts.values() for mask in part.masks)
     if turns:
         notes.append(f"{turns} masks are turned, as the EXIF orientation of their image or their own says")
@@ -224,7 +227,7 @@ def read_mask_data(
     if blank:
         notes.append(f"{len(blank)} masks are ignored everywhere: {some(blank, 3)}")
     notes += say_near(data.names)
-    notes += [counted.summary(part) for part in data.parts]
+    notes += [data.counts.summary(part) for part in data.parts]
     return data
 
 

@@ -22,6 +22,7 @@ from ..errors import UserError, unknown
 
 # Of a computation, by the names of the flags.
 MULTI_LABEL = "multi_label_classification"  # config.json's problem_type, transformers' word
+_EXPONENT = r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -80,6 +81,13 @@ def _explain_hub(name: str) -> Iterator[None]:
             f"{name}: its config.json is not timm's. For one of transformers' NAT or DiNAT, name the architecture "
             f'and the repository: --model-kwargs "pretrained_cfg_overlay={{hf_hub_id: {repo}}}"'
         ) from None
+
+
+def computing(precision: str, device: str | torch.device) -> contextlib.AbstractContextManager:
+    """In which a network computes in one of PRECISIONS: autocast, or for float32 nothing."""
+    if precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(device).type, PRECISIONS[precision])
 
 
 def resolve_name(name: str) -> str:
@@ -193,7 +201,16 @@ def parse_model_kwargs(pairs: Iterable[str]) -> dict:
         return {}
     import yaml
 
-    return {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in pairs)}
+    return {key: with_floats(yaml.safe_load(value)) for key, value in (pair.split("=", 1) for pair in pairs)}
+
+
+def with_floats(value):
+    """What YAML gave, with a number for text such as 1e-5: YAML 1.1 takes that for one only where it has a dot."""
+    if isinstance(value, dict):
+        return {key: with_floats(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [with_floats(x) for x in value]
+    return float(value) if isinstance(value, str) and re.fullmatch(_EXPONENT, value) else value
 
 
 def add_model_flags(parser: argparse.ArgumentParser, default: str | None = "nat_mini") -> None:

@@ -66,6 +66,22 @@ def with_global_batch(settings: Settings, accelerator: Accelerator) -> Settings:
     return dataclasses.replace(settings, grad_accum=settings.global_batch_size // step)
 
 
+def make_network(settings: Settings, task: Task, accelerator: Accelerator, initial_weights: bool) -> nn.Module:
+    """The task's network on the process's device, as the settings have it in training.
+
+    Raises:
+        UserError: A setting does not fit the network.
+    """
+    model = task.make_network(initial_weights).to(accelerator.device)
+    if settings.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if settings.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    if settings.freeze is not None:
+        freeze(model, settings.freeze)
+    return model
+
+
 def prepare(settings: Settings, task: Task, accelerator: Accelerator, initial_weights: bool) -> Parts:
     """Network, optimizer, loaders and schedule of a run.
 
@@ -76,13 +92,7 @@ def prepare(settings: Settings, task: Task, accelerator: Accelerator, initial_we
     if step > task.sizes[0]:
         raise UserError(f"batch_size x processes, {step}, must not exceed the {task.sizes[0]} training images.")
     set_seed(settings.seed)
-    model = task.make_network(initial_weights).to(accelerator.device)
-    if settings.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    if settings.grad_checkpointing:
-        model.set_grad_checkpointing(True)
-    if settings.freeze is not None:
-        freeze(model, settings.freeze)
+    model = make_network(settings, task, accelerator, initial_weights)
     train_set, val_set = task.make_datasets(model)
     order = EpochSampler(len(train_set), settings.seed, task.draws)
     share = ShareSampler(len(val_set), accelerator.process_index, accelerator.num_processes)

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = 255
+from .mask_values import IGNORE
+
 LOSSES = ("cross_entropy", "focal", "dice")
 _FOCUS = 2.0  # the focal loss's exponent, its paper's
 
@@ -22,10 +23,10 @@ def pixel_loss(kind: str, logits: Tensor, labels: Tensor, mean: str = "all", wei
         weights: Of the classes, for the first two; a pixel's loss is multiplied by that of its class.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    labelled = labels != IGNORED
+    labelled = labels != IGNORE
     if kind == "dice":
         return _dice(logits, labels, labelled)
-    loss = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+    loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
     if kind == "focal":
         loss = loss * (1 - (-loss).exp()) ** _FOCUS
     if weights is not None:

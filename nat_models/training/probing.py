@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from timm.data import create_transform
 
 from ..errors import UserError
 from .decoding import Encoded, ImageFile, decode
 from .embeddings import Extractor, Features
-from .images import ImageSet, make_loader, read_batches
+from .images import load_images, read_batches
 from .models import make_model, resolve_name
 
 KS = (1, 3, 5, 10, 20, 50)
@@ -134,8 +133,8 @@ def baselines(features: Features, root: Path) -> dict[str, np.ndarray]:
 
 def compute(extractor: Extractor, images: Sequence[Encoded], config: dict, batch_size: int = 64) -> np.ndarray:
     """Features of a few images, in memory, with a preprocessing of your own."""
-    loader = make_loader(ImageSet(images, None, config["input_size"][0], create_transform(**config)), batch_size)
-    return torch.cat([extractor.features(batch) for batch, _ in read_batches(loader)]).numpy()
+    batches = read_batches(load_images(images, config, batch_size))
+    return torch.cat([extractor.features(batch) for batch, _ in batches]).numpy()
 
 
 def search(features: Features, query: np.ndarray, top: int) -> list[list[tuple[str, str, float]]]:

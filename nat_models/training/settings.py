@@ -14,7 +14,7 @@ import yaml
 
 from ..errors import UserError, unknown
 from ..resources import resource_folder
-from .models import parse_model_kwargs
+from .models import parse_model_kwargs, with_floats
 
 
 def option(default, help: str):
@@ -153,7 +153,7 @@ def _convert(name: str, value, wanted):
     try:
         if wanted is bool or wanted is dict:
             if isinstance(value, wanted):
-                return value
+                return with_floats(value)
         elif typing.get_origin(wanted) is tuple:
             return tuple(_finite(float(x)) for x in ([value] if isinstance(value, (int, float)) else value))
         elif value is not None and not isinstance(value, (bool, dict, list)):

@@ -13,9 +13,9 @@ from timm.optim import create_optimizer_v2
 from ..errors import UserError
 from ..writing import csv_text, write_atomically, writing
 from .drawing import png
-from .freezing import freeze, set_training
+from .freezing import set_training
 from .images import make_loader, read_batches
-from .parts import make_accelerator, prepare, with_global_batch
+from .parts import make_accelerator, make_network, prepare, with_global_batch
 from .report import console, track
 from .sampling import seed_step
 from .settings import Settings
@@ -56,11 +56,8 @@ def fit_batch(settings: Settings, task: Task, accelerator: Accelerator) -> Setti
 
 
 def _try_step(settings: Settings, task: Task, accelerator: Accelerator) -> None:
-    model = task.make_network(False).to(accelerator.device)
-    if settings.grad_checkpointing:
-        model.set_grad_checkpointing(True)
-    if settings.freeze is not None:
-        freeze(model, settings.freeze)
+    # Not all of `prepare`: what joins the processes would wait for one that has no memory for this step.
+    model = make_network(settings, task, accelerator, initial_weights=False)
     images, _ = task.make_datasets(model)
     order = [(1, i % len(images)) for i in range(settings.batch_size)]
     (batch,) = read_batches(make_loader(images, settings.batch_size, sampler=order))

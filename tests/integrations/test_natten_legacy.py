@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -252,31 +253,22 @@ print(explain("cuda", rpb=False))
     assert "natten_legacy.install() put its own functions at natten" in output
 
 
-def test_installed_as_0_14_it_is_told_apart_and_has_its_defaults():
+def test_installed_as_0_14_it_is_told_apart_and_has_its_defaults_and_its_import_alone_installs_nothing():
     code = """
+import sys
 from nat_models.integrations import natten_legacy
+print("natten" in sys.modules)
 natten_legacy.install("0.14")
 import natten
 print(natten.__version__, hasattr(natten, "context"), natten.NeighborhoodAttention1D(8, 2, 3).rpb.shape)
 """
-    assert _run(code).strip() == "0.14.6 False torch.Size([2, 5])"
+    assert _run(code).splitlines() == ["False", "0.14.6 False torch.Size([2, 5])"]
 
 
-def test_it_takes_no_place_of_a_natten_that_is_imported():
-    code = """
-import sys, types
-sys.modules["natten"] = real = types.ModuleType("natten")
-real.__version__ = "0.21.7"
-from nat_models.integrations import natten_legacy
-try:
-    natten_legacy.install(version="0.17")
-except RuntimeError as error:
-    print(error)
-assert sys.modules["natten"] is real
-"""
-    assert "natten 0.21.7 is imported already: call install before" in _run(code)
-
-
-def test_importing_it_installs_nothing():
-    code = "import sys; from nat_models.integrations import natten_legacy; print('natten' in sys.modules)"
-    assert _run(code).strip() == "False"
+def test_it_takes_no_place_of_a_natten_that_is_imported(monkeypatch):
+    real = ModuleType("natten")
+    real.__version__ = "0.21.7"
+    monkeypatch.setitem(sys.modules, "natten", real)
+    with pytest.raises(RuntimeError, match=r"natten 0\.21\.7 is imported already: call install before"):
+        natten_legacy.install(version="0.17")
+    assert sys.modules["natten"] is real

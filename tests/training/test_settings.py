@@ -34,6 +34,18 @@ def test_flags_win_over_yaml_which_wins_over_defaults(tmp_path):
     assert (cfg.pretrained, cfg.clip_grad, bool(resume)) == (False, None, False)
 
 
+def test_a_model_takes_exponents_without_a_dot_for_numbers_from_yaml_and_from_flags(tmp_path):
+    (tmp_path / "c.yaml").write_text(
+        "output: 1e-5\nmodel_kwargs: {init_values: 1e-5, rates: [-2E+3, {a: .5e1}], b: e5}\n"
+    )
+    cfg, _ = parse("--config", str(tmp_path / "c.yaml"), "--data", "x")
+    assert cfg.model_kwargs == dict(init_values=1e-5, rates=[-2000.0, dict(a=5.0)], b="e5")
+    assert cfg.output == "1e-5"  # the name of a folder
+    cfg, _ = parse("--data", "x", "--model-kwargs", "init_values=1e-5", "rates=[1e-2,1]", "b=1e", "c=1.e3")
+    assert cfg.model_kwargs == dict(init_values=1e-5, rates=[0.01, 1], b="1e", c=1000.0)
+    assert make_model("nat_mini", model_kwargs=dict(init_values=cfg.model_kwargs["init_values"]), num_classes=2)
+
+
 @pytest.mark.parametrize(
     ("yaml_text", "flags", "message"),
     [

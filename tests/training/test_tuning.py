@@ -8,6 +8,7 @@ from PIL import Image
 
 from nat_models.errors import UserError
 from nat_models.training import tuning
+from nat_models.training.parts import make_accelerator
 from nat_models.training.tasks.classification import Classification
 from nat_models.training.tuning import find_lr, steepest
 from tests.training.conftest import fit, make_settings, same_course
@@ -55,6 +56,20 @@ def test_the_batch_is_halved_until_it_fits_and_the_whole_batch_stays(data, tmp_p
     same_course(tmp_path / "found", tmp_path / "given")
     _memory_for(1, monkeypatch)  # a run keeps the batch that it began with
     assert fit(settings, resume=True) == rows
+
+
+def test_the_step_that_is_tried_is_one_of_the_run(data, tmp_path, monkeypatch):
+    tried, losses = [], Classification.losses
+
+    def seen(task, model, batch):
+        weight = next(p for p in model.parameters() if p.dim() == 4 and min(p.shape) > 1)
+        tried.append((weight.is_contiguous(memory_format=torch.channels_last), weight.requires_grad))
+        return losses(task, model, batch)
+
+    monkeypatch.setattr(Classification, "losses", seen)
+    settings = make_settings(data, tmp_path / "o", channels_last=True, freeze="stem")
+    tuning.fit_batch(settings, Classification(settings), make_accelerator(settings))
+    assert tried == [(True, False)]
 
 
 def test_memory_for_no_image_is_an_error(data, tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from torchmetrics.classification import (
 
 from ...checkpoints.saving import save_model
 from ...errors import UserError
-from ..cards import Facts, model_card, recipe_of
+from ..cards import facts_of, model_card
 from ..images import ImageSet
 from ..models import MULTI_LABEL, began_from, make_model
 from ..settings import Settings, option
@@ -169,15 +169,10 @@ class Classification:
         save_model(network, folder, model_config=config, data_config=self.data_config)
         s, data = self.settings, Path(self.settings.data).name
         began = began_from(network) if s.pretrained and s.checkpoint is None else None
-        facts = Facts(
-            title=f"{s.model}, trained on {data}",
-            about="Trained with [nat_models](https://arxiv.org/abs/2204.07143): "
-            f"{self.about}, {self.sizes[0]:,} training and {self.sizes[1]:,} validation images.",
-            dataset=data if data else None,
-            figures={name: rows[-1][name] for name in self.figures if name in rows[-1]} if rows else {},
-            figures_of=f"Of the validation images, after epoch {len(rows)} of {s.epochs}; percent, but for val_loss.",
-            recipe=recipe_of(s),
-            digest=self.digest,
+        facts = facts_of(
+            self,
+            rows,
+            f"{s.model}, trained on {data}",
             license=None if began is None else began.license,
             base_model=None if began is None else began.repo,
         )

@@ -13,10 +13,11 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ...errors import UserError
 from ...networks.upernet import upernet
-from ..cards import Facts, recipe_of
+from ..cards import facts_of, model_card
 from ..mask_sets import IMAGENET_MEAN, IMAGENET_STD, MaskSet, band_statistics, make_augmentation, make_evaluation
-from ..masks import histogram, read_mask_data
-from ..pixel_losses import IGNORED, LOSSES, pixel_loss
+from ..mask_values import IGNORE
+from ..masks import read_mask_data
+from ..pixel_losses import LOSSES, pixel_loss
 from ..segmenters import Segmenter, save_segmenter
 from ..settings import Settings, option
 from ..weighting import class_weights
@@ -115,7 +116,7 @@ class Segmentation:
         self.classes, self.digest = list(self.data.names), self.data.digest()
         self.train, self.val = self.data.parts["train"], self.data.parts["val"]
         self.sizes = len(self.train.images), len(self.val.images)
-        counts = histogram(self.data, allow_empty=s.allow_empty)
+        counts = self.data.counts
         self.notes = list(self.data.notes)
         if not sum(counts.pixels["val"]):
             raise UserError("No pixel of the validation masks is labelled: nothing could be measured.")
@@ -211,18 +212,20 @@ class Segmentation:
         return SegmentationMetrics(self.classes)
 
     def save(self, network: nn.Module, folder: Path, rows: Sequence[dict]) -> None:
-        save_segmenter(network, folder, self.about_network)
-        s, data = self.settings, Path(self.settings.data).name
-        facts = Facts(
-            title=f"UPerNet with {s.model}, trained on {data}",
-            about="Trained with [nat_models](https://arxiv.org/abs/2204.07143): "
-            f"{self.about}, {self.sizes[0]:,} training and {self.sizes[1]:,} validation images.",
-            figures={name: x for name, x in (rows[-1] if rows else {}).items() if name in self.figures and x == x},
-            figures_of=f"Of the validation images, after epoch {len(rows)} of {s.epochs}; percent, but for val_loss.",
-            recipe=recipe_of(s),
-            digest=self.digest,
-        )
+        about = self.about_network
+        save_segmenter(network, folder, about)
+        facts = facts_of(self, rows, f"UPerNet with {about.backbone}, trained on {Path(self.settings.data).name}")
         facts.write(folder)
+        preprocessing = {name: getattr(about, name) for name in ("mean", "std", "short_side", "long_side")}
+        card = model_card(
+            facts,
+            classes=self.classes,
+            data_config=preprocessing,
+            source="FOLDER",
+            format="nat_models",
+            task="image-segmentation",
+        )
+        (folder / "README.md").write_text(card)
 
 
 class SegmentationMetrics(nn.Module):
@@ -235,7 +238,7 @@ class SegmentationMetrics(nn.Module):
     def __init__(self, classes: Sequence[str]):
         super().__init__()
         self.classes, self.loss = list(classes), MeanMetric()
-        self.confusion = MulticlassConfusionMatrix(len(classes), ignore_index=IGNORED)
+        self.confusion = MulticlassConfusionMatrix(len(classes), ignore_index=IGNORE)
 
     def update(self, predictions: Sequence[tuple[Tensor, Tensor]], batch: Sequence[Sequence[Tensor]]) -> None:
         for (labels, loss), true in zip(predictions, batch[1], strict=True):

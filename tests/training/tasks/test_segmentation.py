@@ -1,11 +1,13 @@
 """Promises of segmentation: figures, what it learns, what it starts from, and the engine's promises over it."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -121,6 +123,28 @@ def test_it_learns_and_the_saved_network_scores_the_same(run, masks):
             batch = held_out.collate([held_out[i]])
             metrics.update(task.predict(network, batch), batch)
     assert metrics.compute()["miou"] == pytest.approx(rows[-1]["miou"], abs=1e-3)
+
+
+def test_a_saved_segmenter_has_a_card_whose_code_runs(run, masks):
+    output, rows = run
+    card = (output / "last" / "README.md").read_text().replace("FOLDER", str(output / "last"))
+    head, body = card.removeprefix("---\n").split("---\n", 1)
+    metadata = yaml.safe_load(head)
+    assert metadata["pipeline_tag"] == "image-segmentation" and "image-segmentation" in metadata["tags"]
+    (measured,) = metadata["model-index"][0]["results"]
+    assert measured["task"]["type"] == "image-segmentation"
+    values = {metric["type"]: metric["value"] for metric in measured["metrics"]}
+    assert values["mean_iou"] == pytest.approx(rows[-1]["miou"], abs=1e-4)
+    assert set(values) == {"mean_iou", "mean_accuracy", "pixel_accuracy"}
+    assert "Classes: ground, red, blue" in body and f"| iou red | {rows[-1]['iou red']:.4g} |" in body
+    assert f"nat-models predict --model {output / 'last'} photo.jpg" in body
+    assert "- mean: [0.485, 0.456, 0.406]" in body and "- short_side: None" in body
+    assert "loss: cross_entropy+dice" in body and "12 of 12" in body
+    (code,) = re.findall(r"^```python\n(.*?)^```", body, re.MULTILINE | re.DOTALL)
+    exec(code, page := {})
+    image = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        assert page["network"](image).shape == (1, 3, 64, 96)
 
 
 def test_the_command_scores_what_the_run_held_out(run, masks, tmp_path, capsys):
