@@ -124,6 +124,22 @@ class AnnotatedPart:
         """[N, 2] int32: height and width of the image of each object."""
         return np.repeat(self.sizes, np.diff(self.starts), axis=0)
 
+    def with_objects(self) -> "AnnotatedPart":
+        """Of the images those that show an object; crowds are none."""
+        counts = np.diff(self.starts)
+        of_image = np.repeat(np.arange(len(self)), counts)
+        shows = np.bincount(of_image[~self.crowd], minlength=len(self)) > 0
+        images, objects = np.flatnonzero(shows), np.flatnonzero(shows[of_image])
+        return AnnotatedPart(
+            names=Texts.of(self.names[i] for i in images),
+            paths=Texts.of(self.paths[i] for i in images),
+            image_ids=self.image_ids[images],
+            sizes=self.sizes[images],
+            starts=np.cumsum([0, *counts[images]], dtype=np.int64),
+            **{name: getattr(self, name)[objects] for name in ("boxes", "labels", "areas", "crowd", "ids")},
+            outlines=Outlines.of(self.outlines[i] for i in objects),
+        )
+
     def update(self, digest) -> None:
         """Adds all that is in the arrays to a hash, but for where the files lie."""
         for field in fields(self):

@@ -118,7 +118,7 @@ def model_card(
         source: Where the weights are: a folder, or a repository USER/NAME on the Hub.
         format: One of FORMATS, of the folder or repository, or "nat_models" for one that neither library loads.
         create: Of the transformers format: the call of timm.create_model that loads it.
-        task: The Hub's word, "image-classification" or "image-segmentation"; the latter is of a segmenter's folder.
+        task: The Hub's word: "image-classification"; "image-segmentation" or "object-detection" of a folder of ours.
     """
     on_hub = source != "FOLDER"
     tags = list(dict.fromkeys([task, format, "nat_models"]))
@@ -131,8 +131,8 @@ def model_card(
         model_name=facts.title,
         eval_results=_results(facts, task) or None,
     )
-    if task == "image-segmentation":
-        usage = _segmenter_usage(source)
+    if task in _FOLDERS:
+        usage = _folder_usage(source, *_FOLDERS[task])
     else:
         usage = _timm_usage(source, on_hub) if format == "timm" else _transformers_usage(source, create)
     more = f" and {len(classes) - _SHOWN_CLASSES} more" if len(classes) > _SHOWN_CLASSES else ""
@@ -168,7 +168,7 @@ def _results(facts: Facts, task: str) -> list[EvalResult]:
             metric_value=round(value, 4),
         )
         for name, value in facts.figures.items()
-        if name != "val_loss" and not name.startswith("iou ")  # of one class
+        if name != "val_loss" and " " not in name  # of one class
     ]
 
 
@@ -223,8 +223,8 @@ Without nat_models: transformers 4.57 and before, beside NATTEN before 0.20, rea
 {_tensors(source)}"""
 
 
-def _segmenter_usage(source: str) -> str:
-    return f"""Label maps, pictures to look at and the areas of the classes, into `segmented/`:
+def _folder_usage(source: str, written: str, module: str, load: str, takes: str) -> str:
+    return f"""{written}:
 
 ```bash
 nat-models predict --model {source} photo.jpg
@@ -235,14 +235,32 @@ The network in Python:
 ```python
 from pathlib import Path
 
-from nat_models.training.segmenters import load_segmenter
+from nat_models.training.{module} import {load}
 
-network, about = load_segmenter(Path("{source}"))
+network, about = {load}(Path("{source}"))
 print(about.classes, about.mean, about.std)
 ```
 
-`network(images)` gives logits [B, classes, H, W] of images [B, channels, H, W] that were scaled to the range of 0 to 1
-and normalised with `about.mean` and `about.std`."""
+{takes}"""
+
+
+# Of a task: what predict writes, the module and the function that load a folder, what the network takes and gives.
+_FOLDERS = {
+    "image-segmentation": (
+        "Label maps, pictures to look at and the areas of the classes, into `segmented/`",
+        "segmenters",
+        "load_segmenter",
+        "`network(images)` gives logits [B, classes, H, W] of images [B, channels, H, W] that were scaled to the range "
+        "of 0 to 1\nand normalised with `about.mean` and `about.std`.",
+    ),
+    "object-detection": (
+        "Boxes and masks as COCO's JSON, and pictures to look at, into `detected/`",
+        "detectors",
+        "load_detector",
+        "`network(images)` takes a list of images [channels, H, W] of any sizes, values 0 to 1, and gives for each a "
+        "dict of boxes\n[N, 4] in pixels, labels [N] (indices of `about.classes`), scores [N] and masks [N, 1, H, W].",
+    ),
+}
 
 
 def _tensors(source: str) -> str:
