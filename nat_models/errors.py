@@ -7,7 +7,9 @@ from importlib.metadata import version
 
 # Optional packages, by the extra that brings them.
 _EXTRAS = {
-    **dict.fromkeys(("accelerate", "matplotlib", "rich", "sklearn", "torchmetrics", "yaml"), "train"),
+    **dict.fromkeys(
+        ("accelerate", "faster_coco_eval", "matplotlib", "rich", "sklearn", "torchmetrics", "yaml"), "train"
+    ),
     **dict.fromkeys(("datasets", "pyarrow"), "tables"),
     **dict.fromkeys(("onnx", "onnx_ir", "onnxruntime", "onnxscript"), "export"),
     "natten": "natten",

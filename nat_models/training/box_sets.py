@@ -192,17 +192,15 @@ class CropBoxes(nn.Module):
             drawn.append((torch.randint(whole - side + 1, ()).item(), side))
         (top, height), (left, width) = drawn
         image = F.crop(image, top, left, height, width)
-        moved = F.crop(target["boxes"], top, left, height, width)  # which does not cut them
-        boxes = F.clamp_bounding_boxes(moved)
+        boxes = F.clamp_bounding_boxes(F.crop(target["boxes"], top, left, height, width))
+        moved = target["boxes"].as_subclass(Tensor) - torch.tensor([left, top, left, top])
         target = dict(target, boxes=boxes)
         if "masks" in target:
             target["masks"] = target["masks"].cropped(top, left, height, width)
         sides = (boxes[:, 2:] - boxes[:, :2]).as_subclass(Tensor)
         target = keep(target, (sides > 0).all(dim=1))
         if "masks" in target:
-            cut = (boxes != moved).as_subclass(Tensor).any(dim=1)[(sides > 0).all(dim=1)]
-            outlined = torch.from_numpy(target["masks"].outlines.present)
-            cut = (cut & outlined).nonzero()[:, 0]
+            cut = (boxes.as_subclass(Tensor) != moved).any(dim=1)[(sides > 0).all(dim=1)].nonzero()[:, 0]
             target["boxes"][cut] = tv_tensors.wrap(target["masks"][cut].extents(), like=target["boxes"])
             target = keep(target, (target["boxes"][:, 2:] > target["boxes"][:, :2]).as_subclass(Tensor).all(dim=1))
         return image, target

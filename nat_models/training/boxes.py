@@ -248,6 +248,8 @@ def _flatten(
     counts = [len(image.objects) for image in images]
     boxes = [box for image in images for box in image.boxes]
     outlines = [outline for image in images for outline in image.outlines] if masks else [None] * len(objects)
+    if masks:  # a crowd that has no outline is all of its box
+        outlines = [_rectangle(box) if x is None else x for x, box in zip(outlines, boxes, strict=True)]
     return AnnotatedPart(
         names=Texts.of(image.image.name for image in images),
         paths=Texts.of(image.image.path for image in images),
@@ -261,6 +263,11 @@ def _flatten(
         ids=_ids([item.id for item in objects], f"annotations of {part}", 1, notes),
         outlines=Outlines.of(outlines),
     )
+
+
+def _rectangle(box: np.ndarray) -> list[np.ndarray]:
+    x1, y1, x2, y2 = box
+    return [np.array([(x1, y1), (x2, y1), (x2, y2), (x1, y2)])]
 
 
 def _ids(given: Sequence[object], what: str, least: int, notes: list[str]) -> np.ndarray:

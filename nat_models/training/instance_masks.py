@@ -1,15 +1,11 @@
 """Masks of an image's objects that stay polygons or run lengths, through every resize, crop and mirror image."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from .outlines import Outlines, patch_of
+from .outlines import Outlines, encode, patch_of, to_rle
 
 _MARGIN = 2  # px around a box that RoIAlign may look at
 
@@ -29,7 +25,7 @@ class InstanceMasks:
 
     def __init__(
         self,
-        outlines: Outlines | Sequence,
+        outlines: Outlines,
         size: tuple[int, int],
         rows: np.ndarray | None = None,
         columns: np.ndarray | None = None,
@@ -49,26 +45,26 @@ class InstanceMasks:
         """(height, width) px of the masks."""
         return len(self.rows), len(self.columns)
 
-    def to(self, *args, **kwargs) -> InstanceMasks:
+    def to(self, *args, **kwargs) -> "InstanceMasks":
         """Itself: outlines stay where they are, whatever device tensors beside them go to."""
         return self
 
-    def _with(self, rows: np.ndarray, columns: np.ndarray) -> InstanceMasks:
+    def _with(self, rows: np.ndarray, columns: np.ndarray) -> "InstanceMasks":
         return InstanceMasks(self.outlines, self.size, rows, columns)
 
-    def resized(self, height: int, width: int) -> InstanceMasks:
+    def resized(self, height: int, width: int) -> "InstanceMasks":
         """The same masks on the image resized to height x width px."""
         return self._with(self.rows[_nearest(len(self.rows), height)], self.columns[_nearest(len(self.columns), width)])
 
-    def cropped(self, top: int, left: int, height: int, width: int) -> InstanceMasks:
+    def cropped(self, top: int, left: int, height: int, width: int) -> "InstanceMasks":
         """The same masks on a part of the image, which must lie inside it."""
         return self._with(self.rows[top : top + height], self.columns[left : left + width])
 
-    def mirrored(self) -> InstanceMasks:
+    def mirrored(self) -> "InstanceMasks":
         """The same masks on the image with left and right exchanged."""
         return self._with(self.rows, self.columns[::-1])
 
-    def __getitem__(self, kept: Tensor) -> InstanceMasks:
+    def __getitem__(self, kept: Tensor) -> "InstanceMasks":
         """Those of some objects: [N] bool, or their indices."""
         chosen = torch.arange(len(self))[kept.cpu()].tolist()
         outlines = Outlines.of(self.outlines[i] for i in chosen)
@@ -91,6 +87,13 @@ class InstanceMasks:
         for i in range(len(self)):
             result[i] = torch.from_numpy(self._cut(self._frame(i), slice(None), slice(None)))
         return result
+
+    def codes(self) -> list[bytes]:
+        """The compressed run lengths of each mask."""
+        height, width = self.canvas
+        if self.canvas == self.size and all((x == np.arange(len(x))).all() for x in (self.rows, self.columns)):
+            return [to_rle(self.outlines[i], height, width)["counts"] for i in range(len(self))]
+        return [encode(self._cut(self._frame(i), slice(None), slice(None))) for i in range(len(self))]
 
     def extents(self) -> Tensor:
         """[N, 4] float32: (x1, y1, x2, y2) px around the pixels of each mask; zeros where it has none."""
