@@ -56,24 +56,27 @@ def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 @torch.no_grad()
-def detect(model: Detector, x: Tensor, size: tuple[int, int] = SIZE, original: tuple[int, int] = SIZE) -> dict:
-    """Every step of a detection on a batch of one; `size` is the image without its padding."""
-    images = ImageList(x, [size])
+def trunk(model: Detector, x: Tensor) -> dict:
+    """Maps, and the proposal network's logits, deltas and anchors of each."""
     features = model.backbone(x)
     maps = list(features.values())
     logits, deltas = model.rpn.head(maps)
-    anchors = model.rpn.anchor_generator(images, maps)[0].split([3 * y.shape[2] * y.shape[3] for y in maps])
+    (anchors,) = model.rpn.anchor_generator(ImageList(x, [SIZE]), maps)
+    parts = anchors.split([3 * y.shape[2] * y.shape[3] for y in maps])
+    return dict(features=features, rpn=[(a[0], b[0], c) for a, b, c in zip(logits, deltas, parts, strict=True)])
+
+
+@torch.no_grad()
+def detect(
+    model: Detector, features: Mapping, x: Tensor, size: tuple[int, int] = SIZE, original: tuple[int, int] = SIZE
+) -> dict:
+    """Proposals and what becomes of them, on a batch of one; `size` is the image without its padding."""
+    images = ImageList(x, [size])
     proposals, _ = model.rpn(images, features)
     (found,), _ = model.roi_heads(features, proposals, images.image_sizes)
     probability = found["masks"]
-    found = model.transform.postprocess([found], images.image_sizes, [original])[0]
-    return dict(
-        features=features,
-        rpn=[(a[0], b[0], c) for a, b, c in zip(logits, deltas, anchors, strict=True)],
-        proposals=proposals[0],
-        probability=probability,
-        **found,
-    )
+    (found,) = model.transform.postprocess([found], images.image_sizes, [original])
+    return dict(proposals=proposals[0], probability=probability, **found)
 
 
 def assert_pyramid(found: Mapping, expected: Mapping[str, Tensor], tolerance: float) -> None:
