@@ -329,7 +329,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     height, width = size
     pasted = masks.new_zeros(len(masks), 1, height, width, dtype=torch.float32)
     corners = torch.cat([boxes[:, :2].floor() - 1, boxes[:, 2:].ceil() + 1], 1).long()  # beyond, nothing is visible
-    for out, mask, box, corner in zip(pasted, masks.float(), boxes.float(), corners.tolist(), strict=True):
+    for i, (mask, box, corner) in enumerate(zip(masks.float(), boxes.float(), corners.tolist(), strict=True)):
         if not (box[2:] > box[:2]).all():
             continue
         left, top = max(corner[0], 0), max(corner[1], 0)
@@ -339,7 +339,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
         x, y = (torch.arange(a, b, device=box.device) + 0.5 for a, b in ((left, right), (top, bottom)))
         x, y = ((p - a) / (b - a) * 2 - 1 for p, a, b in ((x, box[0], box[2]), (y, box[1], box[3])))
         grid = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], 2)
-        out[:, top:bottom, left:right] = F.grid_sample(mask[None], grid[None], align_corners=False)[0]
+        pasted[i, :, top:bottom, left:right] = F.grid_sample(mask[None], grid[None], align_corners=False)[0]
     return pasted
 
 

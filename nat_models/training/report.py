@@ -139,7 +139,7 @@ def best_row(rows: Sequence[dict], task: Task) -> dict:
     """The epoch of the best result; of equal ones that with the lowest val_loss, then the earliest."""
     metric = deciding_metric(task.settings, task)
     sign = 1 if task.figures[metric] else -1
-    return max(rows, key=lambda row: (sign * row[metric], -row["val_loss"], -row["epoch"]))
+    return max(rows, key=lambda row: (sign * row[metric], -row.get("val_loss", 0.0), -row["epoch"]))
 
 
 def is_published(output: Path, rows: Sequence[dict]) -> bool:
