@@ -81,7 +81,7 @@ def test_boxes_labels_and_masks_stay_in_step(height, width, seed):
         assert (extent - changed["boxes"][i].as_subclass(Tensor)).abs().max() <= 1 + 1e-4
     if len(target["labels"]) - 1 in changed["labels"].tolist():
         mask = masks[-1].bool()
-        if 0 < mask.float().mean() < 1:
+        if 20 <= mask.sum() <= mask.numel() - 20:  # of fewer, blurred pixels are the most
             assert image[0][mask].mean() > image[0][~mask].mean() + 0.2
     assert torch.equal(shown, sample(seed, height, width)[0][:1])  # what was given is as it was
 
