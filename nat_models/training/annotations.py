@@ -124,6 +124,20 @@ class AnnotatedPart:
         """[N, 2] int32: height and width of the image of each object."""
         return np.repeat(self.sizes, np.diff(self.starts), axis=0)
 
+    def subset(self, kept: Sequence[int]) -> "AnnotatedPart":
+        """Some of the images, with what is on them: without negatives, for one."""
+        objects = [i for image in kept for i in range(self.starts[image], self.starts[image + 1])]
+        counts = np.diff(self.starts)[np.asarray(kept, np.int64)]
+        return AnnotatedPart(
+            Texts.of(self.names[i] for i in kept),
+            Texts.of(self.paths[i] for i in kept),
+            self.image_ids[kept],
+            self.sizes[kept],
+            np.cumsum([0, *counts], dtype=np.int64),
+            *(array[objects] for array in (self.boxes, self.labels, self.areas, self.crowd, self.ids)),
+            Outlines.of(self.outlines[i] for i in objects),
+        )
+
     def update(self, digest) -> None:
         """Adds all that is in the arrays to a hash, but for where the files lie."""
         for field in fields(self):

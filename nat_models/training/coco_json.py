@@ -197,7 +197,7 @@ class _Wrong(Exception):
 
 
 def _numbers(values: object) -> np.ndarray:
-    if not isinstance(values, list) or any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in values):
+    if not isinstance(values, list) or not set(map(type, values)) <= {int, float}:
         raise _Wrong("annotations hold what is no number", f", {str(values)[:60]}")
     array = np.array(values, np.float64)
     if not np.isfinite(array).all():

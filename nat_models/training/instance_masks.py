@@ -98,11 +98,24 @@ class InstanceMasks:
         j = (self.axes[1].indices(x1, x2, self.size[1]) - left + 1).clip(0, patch.shape[1] - 1)
         return patch[i[:, None], j]
 
+    def _place(self, frame: tuple[int, int, np.ndarray]) -> tuple[int, int, int, int]:
+        """(left, top, right, bottom) of the pixels that may show the mask that _frame gave."""
+        top, left, patch = frame
+        ends = []
+        for axis, whole, first, sides in zip(self.axes, self.size, (top, left), patch.shape, strict=True):
+            pixels = axis.indices(0, axis.count, whole)
+            shown = np.flatnonzero((pixels >= first) & (pixels < first + sides - 2))
+            ends.append((int(shown[0]), int(shown[-1]) + 1) if len(shown) else (0, 0))
+        (y1, y2), (x1, x2) = ends
+        return x1, y1, x2, y2
+
     def dense(self) -> Tensor:
         """[N, H, W] uint8 of 0 and 1."""
         result = torch.zeros(len(self), *self.canvas, dtype=torch.uint8)
         for i in range(len(self)):
-            result[i] = torch.from_numpy(self._cut(self._frame(i)))
+            frame = self._frame(i)
+            x1, y1, x2, y2 = box = self._place(frame)
+            result[i, y1:y2, x1:x2] = torch.from_numpy(self._cut(frame, box))
         return result
 
     def codes(self) -> list[bytes]:
@@ -116,10 +129,13 @@ class InstanceMasks:
         """[N, 4] float32: (x1, y1, x2, y2) px around the pixels of each mask; zeros where it has none."""
         result = torch.zeros(len(self), 4)
         for i in range(len(self)):
-            pixels = self._cut(self._frame(i))
+            frame = self._frame(i)
+            box = self._place(frame)
+            pixels = self._cut(frame, box)
             rows, columns = np.flatnonzero(pixels.any(axis=1)), np.flatnonzero(pixels.any(axis=0))
             if len(rows):
-                result[i] = torch.tensor([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+                corner = torch.tensor([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+                result[i] = corner + torch.tensor(box[:2] * 2)
         return result
 
     def crop(self, boxes: Tensor, indices: Tensor, size: int) -> Tensor:
