@@ -38,7 +38,9 @@ def read_coco(file: Path, part: str, folders: Sequence[Path], root: Path, data: 
     if missing and not images:
         raise UserError(f"No image that {file} lists is there, such as {missing[0]}.")
     taken: set = set()
-    for entry in content["annotations"]:
+    entries = content["annotations"]
+    for i, entry in enumerate(entries):
+        entries[i] = None  # a large file's numbers take more memory than all that is made of them
         _add_object(entry, where, images, lost, names, taken, problems)
     objects = [x for image in images.values() for x in image.objects]
     if objects and all(x.crowd for x in objects):

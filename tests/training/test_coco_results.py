@@ -211,6 +211,36 @@ def test_nothing_predicted_is_0_and_nothing_true_is_unknown():
     assert math.isnan(measured([empty], [none])["mask_ap"])
 
 
+def _part_of(rank: int, store: str, results) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    predictions, targets = made(4)
+    metrics = CocoMetrics(CLASSES, True)
+    # The first process has all images but one, in another order; and one process may have none.
+    own = [slice(11, 0, -1), slice(0, 1)][rank]
+    metrics.update(predictions[own], targets[own])
+    nothing = CocoMetrics(CLASSES, True)
+    if rank:
+        nothing.update(predictions, targets)
+    results.put((rank, metrics.compute(), nothing.compute()))
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_with_unequal_numbers_of_images_measure_what_one_does(tmp_path):
+    context = torch.multiprocessing.get_context("fork")  # which need not import PyTorch again
+    results = context.SimpleQueue()
+    workers = [context.Process(target=_part_of, args=(rank, str(tmp_path / "store"), results)) for rank in (0, 1)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    expected = measured(*made(4))
+    for _ in workers:
+        _, shared, one_sided = results.get()
+        assert shared == pytest.approx(expected, nan_ok=True, abs=1e-9)
+        assert one_sided == pytest.approx(expected, nan_ok=True, abs=1e-9)
+
+
 def test_memory_is_that_of_run_lengths():
     predictions, targets = made(0)
     metrics = CocoMetrics(CLASSES, True)
