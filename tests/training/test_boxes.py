@@ -222,6 +222,23 @@ def test_ids_that_are_words_are_numbered(tmp_path):
     assert data.parts["val"].image_ids.tolist() == [1, 2, 3, 4]
 
 
+def test_numbers_as_tables_and_words_write_them_are_read(tmp_path):
+    def change(content):
+        for entry in content["annotations"]:
+            entry.update(id=float(entry["id"]), image_id=float(entry["image_id"]), iscrowd="0")
+            entry["category_id"] = float(entry["category_id"])
+
+    data = read_box_data(put_one(tmp_path, change), val_fraction=None)
+    assert by_stem(data, "val") == EXPECTED["train"] and not data.parts["val"].crowd.any()
+    assert data.parts["val"].ids.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_ids_that_no_array_holds_are_numbered(tmp_path):
+    data = read_box_data(put_one(tmp_path, lambda x: x["annotations"][2].update(id=1 << 70)), val_fraction=None)
+    assert data.parts["val"].ids.tolist() == [1, 2, 3, 4, 5, 6]
+    assert any(note.startswith("ids of annotations of val are not all whole numbers") for note in data.notes)
+
+
 def test_a_rounded_box_is_cut_at_its_image(tmp_path):
     data = read_box_data(
         put_one(tmp_path, lambda x: x["annotations"][1].update(bbox=[24, 8, 40.7, 40.5])), val_fraction=None
