@@ -313,6 +313,7 @@ class ResizedMasks:
         return self.masks.crop(boxes / boxes.new_tensor([*self.ratios, *self.ratios]), indices, size)
 
 
+@torch.no_grad()
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Masks of boxes on their image: at each pixel's centre, interpolated between the cells, zero outside.
 
@@ -324,7 +325,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
         size: Height and width of the image, px.
 
     Returns:
-        [N, 1, H, W] in float32.
+        [N, 1, H, W] in float32, without gradient.
     """
     height, width = size
     pasted = masks.new_zeros(len(masks), 1, height, width, dtype=torch.float32)
