@@ -238,12 +238,13 @@ class AlignedRoIPool(nn.Module):
     def forward(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
         """Maps [B, C, H, W] at strides 4 to 32 and boxes [N, 4] of each image -> [sum of N, C, size, size]."""
         of_image = [torch.full_like(each[:, :1], i) for i, each in enumerate(boxes)]
-        rois = torch.cat([torch.cat(of_image), torch.cat(list(boxes))], 1).to(maps[0].dtype)
+        rois = torch.cat([torch.cat(of_image), torch.cat(list(boxes))], 1)
         levels = self.levels_of(torch.cat(list(boxes)))
         out = maps[0].new_zeros(len(rois), maps[0].shape[1], self.size, self.size)
         for level, (x, stride) in enumerate(zip(maps, STRIDES, strict=False)):
             (index,) = torch.where(levels == level)
-            cut = roi_align(x, rois[index], self.size, 1 / stride, sampling_ratio=-1, aligned=True)
+            x = at_least_float32(x)  # not the boxes in the maps' 16 bits
+            cut = roi_align(x, rois[index].to(x.dtype), self.size, 1 / stride, sampling_ratio=-1, aligned=True)
             out = out.index_copy(0, index, cut.to(out.dtype))
         return out
 
@@ -293,7 +294,7 @@ class TensorMasks:
 
     def crop(self, boxes: Tensor, indices: Tensor, size: int) -> Tensor:
         used, rows = indices.unique(return_inverse=True)
-        masks = self.masks.to(boxes.device)[used].to(boxes.dtype)
+        masks = self.masks[used.to(self.masks.device)].to(boxes)
         rois = torch.cat([rows[:, None].to(boxes.dtype), boxes], 1)
         return roi_align(masks[:, None], rois, size, sampling_ratio=-1, aligned=True)[:, 0]
 

@@ -146,7 +146,8 @@ def test_training_is_deterministic_given_the_seed_and_draws_with_it():
 
 @pytest.mark.parametrize("name", MAKE)
 def test_an_image_does_not_depend_on_others_that_pad_it_no_further(name):
-    model = _tiny(name).double().eval()
+    few = dict(rpn_post_nms_top_n_test=6, box_detections_per_img=2)
+    model = _tiny(name, **few).double().eval()
     images = [torch.rand(3, *size, dtype=torch.float64) for size in ((64, 96), (64, 96), (64, 70))]
     together = model(images)
     for image, found in zip(images, together, strict=True):  # all are padded to 64 x 96, alone too

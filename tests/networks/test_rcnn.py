@@ -137,6 +137,13 @@ def test_aligned_pooling_of_a_ramp_is_the_ramp_itself():
     torch.testing.assert_close(cut[0, 0], centres.expand(7, 7))
 
 
+def test_boxes_are_not_rounded_to_the_16_bits_of_maps():
+    maps = [torch.randn(1, 3, 128 // s, 128 // s, dtype=torch.bfloat16) for s in (1, 2, 4, 8)]
+    boxes = [torch.tensor([[301.3, 205.7, 420.9, 333.1]])]
+    found, exact = AlignedRoIPool(7)(maps, boxes), AlignedRoIPool(7)([x.float() for x in maps], boxes)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, exact.bfloat16())
+
+
 def test_the_background_is_last_and_has_no_deltas():
     predictor = BackgroundLastPredictor(8, 5)
     logits, deltas = predictor(torch.randn(3, 8))
