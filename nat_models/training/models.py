@@ -184,11 +184,11 @@ def published_as(model: nn.Module) -> Weights | None:
     return known
 
 
-def parse_model_kwargs(pairs: Iterable[str]) -> dict:
+def parse_model_kwargs(pairs: Iterable[str], name: str = "model_kwargs") -> dict:
     """key=value strings as a dict, values read as YAML: kernel_size=3, depths=[3,4,6,5]."""
     pairs = list(pairs)
     if wrong := [pair for pair in pairs if "=" not in pair]:
-        raise UserError(f"model_kwargs must be key=value, got {wrong[0]!r}.")
+        raise UserError(f"{name} must be key=value, got {wrong[0]!r}.")
     if not pairs:
         return {}
     import yaml
