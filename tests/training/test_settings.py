@@ -88,7 +88,7 @@ def test_every_recipe_is_valid(path):
 
 
 def test_an_unknown_recipe_is_an_error_that_lists_them_and_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"no recipe 'finetun'.*: ade20k_upernet, digits, "):
+    with pytest.raises(UserError, match=r"no recipe 'finetun'.*: ade20k_upernet, coco_cascade_mask_rcnn, "):
         parse("--config", "finetun", "--data", "x")
     with pytest.raises(UserError, match=r"There is no config file .*finetune\.yaml"):
         parse("--config", str(tmp_path / "finetune.yaml"), "--data", "x")

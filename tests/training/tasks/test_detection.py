@@ -49,7 +49,7 @@ SMALL = dict(
 
 
 def write_boxes(root, ids=(("red", 1), ("blue", 2)), count: int = 16, masks: bool = True):
-    """annotations.json and images/: rectangles of two colours on grey; every eighth image shows none. `ids` in their order."""
+    """annotations.json and images/: rectangles of two colours on grey; every eighth image has none. `ids` in order."""
     rng, images, annotations = np.random.default_rng(0), [], []
     (root / "images").mkdir(parents=True)
     for i in range(count):
