@@ -72,7 +72,7 @@ class DetectorGraph(nn.Module):
         anchors = rpn.anchor_generator.grid_anchors([x.shape[-2:] for x in maps], [[n, n] for n in STRIDES])
         found = [self._best(*level, size) for level in zip(logits, deltas, anchors, strict=True)]
         boxes, scores = (torch.cat(each) for each in zip(*found, strict=True))
-        return boxes[scores.sort(descending=True, stable=True).indices[: rpn.post_nms_top_n()]]
+        return boxes[scores.sort(descending=True).indices[: rpn.post_nms_top_n()]]
 
     def _best(self, logits: Tensor, deltas: Tensor, anchors: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Proposals of a level and their scores, from its logits [1, A, H, W] and deltas [1, 4 * A, H, W]."""
