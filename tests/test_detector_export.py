@@ -1,8 +1,6 @@
 """Promises of `nat-models export` for detectors, and of fuse."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from torch import nn
 import nat_models
 from nat_models import detector_export as exporting
 from nat_models.cli import main
+from nat_models.export import FORMATS
 from nat_models.networks.detector import Detector
 from nat_models.networks.detector_graph import Detections, DetectorGraph
 from nat_models.training.detectors import DetectorConfig, load_detector, save_detector
@@ -87,3 +86,65 @@ def test_a_fused_detector_is_the_detector(system):
     expected = exporting.detect(network, image)
     assert len(expected.scores) > 10
     _close(exporting.detect(fused, image), expected)
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2", "torchscript"])
+@torch.no_grad()
+def test_a_file_finds_what_the_detector_finds_and_nothing_where_it_finds_nothing(format, tmp_path, capsys):
+    if format == "onnx":
+        pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    folder = _folder(tmp_path / "run", "mask_rcnn", box_score_thresh=0.45)
+    path = tmp_path / f"detector{FORMATS[format][0]}"
+    flags = ["--format", format, "--output", str(path), "--img-size", "64", "--check"]
+    assert main(["export", "--model", str(folder), *flags]) == 0
+    assert "detections of file and network agree" in capsys.readouterr().out
+    exported = exporting.load_detections(path, format)
+    assert json.loads(exported.metadata["label_names"]) == CLASSES
+    assert json.loads(exported.metadata["category_ids"]) == IDS
+    preprocessing = json.loads(exported.metadata["preprocessing"])
+    assert (preprocessing["mean"], preprocessing["short_side"], preprocessing["input_size"]) == (
+        [0.5] * 3,
+        64,
+        [3, 64, 64],
+    )
+    network, _ = load_detector(folder)
+    counts = []
+    for image in (2 * torch.randn(1, 3, 64, 64), torch.zeros(1, 3, 64, 64)):
+        found, expected = exported.run(image), exporting.detect(network, image)
+        _close(found, expected)
+        counts.append(len(found[2]))
+    print(counts)
+    assert counts[0] > 3 and counts[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--format", "aoti", "--output", "x.pt2"], "A detector is exported to onnx, pt2, torchscript, not aoti."),
+        (["--img-size", "32"], "for images from 33 px, got 32x32"),
+        (["--num-classes", "3"], "--num-classes is not for a detector"),
+        (["--dtype", "float16"], "A detector is exported in float32, got --dtype float16"),
+    ],
+)
+def test_what_cannot_be_had_is_said(flags, message, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"architecture": "mask_rcnn"}')
+    network = _network(_config("mask_rcnn"))
+    monkeypatch.setattr("nat_models.commands.export.load_detector", lambda _: (network, _config("mask_rcnn")))
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "--model", str(folder), *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_that_finds_something_else_fails_its_check():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 40, 40]])
+    found = Detections(boxes, torch.tensor([0, 1]), torch.tensor([0.9, 0.8]), None)
+    assert exporting.compare(found, found)[:2] == (4, 4)
+    for other in (
+        found._replace(boxes=boxes + torch.tensor([[1.0], [0]])),
+        found._replace(labels=torch.tensor([1, 1])),
+        found._replace(scores=torch.tensor([0.7, 0.8])),
+        Detections(*(x[1:] for x in found[:3]), None),
+    ):
+        assert exporting.compare(found, other).matched < len(found.scores) + len(other.scores)
