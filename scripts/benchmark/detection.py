@@ -82,7 +82,7 @@ def _detector(system: str, name: str, work: Work) -> nn.Module:
 
 
 def _run(system: str, name: str, form: str, work: Work, args: argparse.Namespace) -> Call:
-    """A call of a detector in evaluation on images of the work's size, which are not resized, to masks of 28 x 28 on the boxes."""
+    """A call of a detector in evaluation, to masks of 28 x 28 on the boxes; its images are not resized."""
     torch.manual_seed(0)
     network = _detector(system, name, work).to(args.device).eval()
     network = fuse(network) if form.startswith("fused") else network
