@@ -65,7 +65,7 @@ def test_the_graph_is_the_detector_on_images_of_any_size(system, size):
     network.transform.min_size, network.transform.max_size, network.transform.paste = (min(size),), max(size), False
     (expected,) = network(list(image))
     found = DetectorGraph(network)((image - 0.5) / 0.2)
-    assert len(found[2]) > 10
+    assert len(found[2]) > 5
     _close(found, [expected[key] for key in Detections._fields])
 
 
@@ -113,7 +113,6 @@ def test_a_file_finds_what_the_detector_finds_and_nothing_where_it_finds_nothing
         found, expected = exported.run(image), exporting.detect(network, image)
         _close(found, expected)
         counts.append(len(found[2]))
-    print(counts)
     assert counts[0] > 3 and counts[1] == 0
 
 
