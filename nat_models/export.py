@@ -10,6 +10,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,9 +53,9 @@ class LowPrecisionWeights(LowPrecision):
 
 
 class Exported(NamedTuple):
-    """A file that was loaded again."""
+    """A file that was loaded again; of a detector it gives several tensors."""
 
-    run: Callable[[Tensor], Tensor]
+    run: Callable[[Tensor], Tensor | tuple[Tensor, ...]]
     metadata: dict[str, str]
 
 
@@ -67,17 +68,31 @@ def capture(model: nn.Module, image: Tensor, dynamic_size: bool) -> ExportedProg
 
 
 def write_onnx(model: nn.Module, image: Tensor, dynamic_size: bool, metadata: dict[str, str], path: Path) -> None:
+    require_onnx()
+    save_onnx(capture(model, image, dynamic_size), ["logits"], OPSET, metadata, path)
+
+
+def require_onnx() -> None:
+    """Raises a UserError where a package that ONNX needs is missing."""
     try:
+        import onnx_ir  # noqa: F401
         import onnxruntime  # noqa: F401  better missed now than by --check
-        from onnx_ir.passes.common import ClearMetadataAndDocStringPass, CommonSubexpressionEliminationPass
     except ModuleNotFoundError as e:
         raise missing_extra(e) or e from None
+
+
+def save_onnx(
+    captured: ExportedProgram, outputs: Sequence[str], opset: int, metadata: dict[str, str], path: Path
+) -> None:
+    """Writes plain ONNX operators, with metadata; the graph takes "image"."""
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass, CommonSubexpressionEliminationPass
+
     program = torch.onnx.export(
-        capture(model, image, dynamic_size),
+        captured,
         input_names=["image"],
-        output_names=["logits"],
+        output_names=outputs,
         dynamo=True,
-        opset_version=OPSET,
+        opset_version=opset,
         optimize=False,
         verbose=False,
     )
@@ -86,8 +101,8 @@ def write_onnx(model: nn.Module, image: Tensor, dynamic_size: bool, metadata: di
     CommonSubexpressionEliminationPass()(program.model)
     ClearMetadataAndDocStringPass()(program.model)  # this machine's paths
     program.optimize()
-    if (domains := dict(program.model.opset_imports)) != {"": OPSET}:
-        raise UserError(f"The installed onnxscript could not write plain operators of opset {OPSET}, only {domains}.")
+    if (domains := dict(program.model.opset_imports)) != {"": opset}:
+        raise UserError(f"The installed onnxscript could not write plain operators of opset {opset}, only {domains}.")
     program.model.metadata_props.update(metadata)
     program.save(path)
 
@@ -97,8 +112,9 @@ def load_onnx(path: Path) -> Exported:
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
-    def run(image: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(["logits"], {"image": image.numpy()})[0])
+    def run(image: Tensor) -> Tensor | tuple[Tensor, ...]:
+        outputs = tuple(map(torch.from_numpy, session.run(None, {"image": image.numpy()})))
+        return outputs if len(outputs) > 1 else outputs[0]
 
     return Exported(run, session.get_modelmeta().custom_metadata_map)
 
@@ -107,8 +123,8 @@ def write_pt2(model: nn.Module, image: Tensor, dynamic_size: bool, metadata: dic
     torch.export.save(capture(model, image, dynamic_size), path, extra_files=metadata)
 
 
-def load_pt2(path: Path) -> Exported:
-    metadata = dict.fromkeys(KEYS, "")
+def load_pt2(path: Path, keys: Sequence[str] = KEYS) -> Exported:
+    metadata = dict.fromkeys(keys, "")
     return Exported(torch.export.load(path, extra_files=metadata).module(), metadata)
 
 
@@ -125,17 +141,19 @@ def load_aoti(path: Path) -> Exported:
     return Exported(package, package.get_metadata())
 
 
-def write_torchscript(model: nn.Module, image: Tensor, _: bool, metadata: dict[str, str], path: Path) -> None:
+def write_torchscript(
+    model: nn.Module, image: Tensor, _: bool, metadata: dict[str, str], path: Path, check_trace: bool = True
+) -> None:
     # By default jit.trace records the custom operator; "exportable" records plain tensor operations.
     with use_backend("exportable"), warnings.catch_warnings():
         # Silence: argument checks that the trace leaves out, and TorchScript's deprecation.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
-        torch.jit.save(torch.jit.trace(model, image), path, _extra_files=metadata)
+        torch.jit.save(torch.jit.trace(model, image, check_trace=check_trace), path, _extra_files=metadata)
 
 
-def load_torchscript(path: Path) -> Exported:
-    metadata = dict.fromkeys(KEYS, "")
+def load_torchscript(path: Path, keys: Sequence[str] = KEYS) -> Exported:
+    metadata = dict.fromkeys(keys, "")
     module = torch.jit.load(path, _extra_files=metadata)
     return Exported(module, {key: value.decode() for key, value in metadata.items()})
 
@@ -173,6 +191,22 @@ def check_output(output: Path, format: str, dynamic_size: bool) -> None:
         require("torch", "2.13", "torch.export, of which the formats onnx, pt2 and aoti are made,")
 
 
+def write_file(output: Path, write: Callable[[Path], None]) -> None:
+    """Writes to a temporary name, moves the file, and says how large it is."""
+    started = time.perf_counter()
+    temporary = output.with_name(f"{output.stem}.tmp{output.suffix}")
+    write(temporary)
+    os.replace(temporary, output)
+    megabytes, seconds = output.stat().st_size / 1e6, time.perf_counter() - started
+    print(f"{output}: {megabytes:.1f} MB in {seconds:.0f} s", flush=True)
+
+
+def check_metadata(exported: Exported, metadata: dict[str, str]) -> None:
+    """Raises a UserError where a file has not what it was given."""
+    if lost := [key for key, value in metadata.items() if exported.metadata.get(key) != value]:
+        raise UserError(f"The file lost its metadata: {', '.join(lost)}.")
+
+
 @torch.no_grad()
 def export(
     model: nn.Module,
@@ -205,7 +239,7 @@ def export(
         UserError: The output is none for the format, a package is missing, or the check fails.
     """
     check_output(output, format, dynamic_size)
-    suffix, write, load = FORMATS[format]
+    _, write, load = FORMATS[format]
     require("timm", "1.0.31", "nat_models.export")
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     from timm.data.model_config import resolve_input_data_config
@@ -227,17 +261,11 @@ def export(
     elif weights != torch.float32:
         model = LowPrecision(model, weights)
 
-    started = time.perf_counter()
-    temporary = output.with_name(f"{output.stem}.tmp{suffix}")
-    write(model, torch.randn(2, *data_config["input_size"]), dynamic_size, metadata, temporary)
-    os.replace(temporary, output)
-    megabytes, seconds = output.stat().st_size / 1e6, time.perf_counter() - started
-    print(f"{output}: {megabytes:.1f} MB in {seconds:.0f} s", flush=True)
+    write_file(output, partial(write, model, torch.randn(2, *data_config["input_size"]), dynamic_size, metadata))
     if not check:
         return
     exported = load(output)
-    if lost := [key for key in KEYS if exported.metadata.get(key) != metadata[key]]:
-        raise UserError(f"The file lost its metadata: {', '.join(lost)}.")
+    check_metadata(exported, metadata)
     channels, *size = data_config["input_size"]
     # Wide, with maps smaller than the window, and odd at every level.
     sizes = [size, *([(160, 288), (96, 96), (75, 107)] if dynamic_size else [])]

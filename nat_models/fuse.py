@@ -8,6 +8,7 @@ import torch.nn as nn
 from timm.layers import LayerScale
 from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.ops.misc import Conv2dNormActivation
 
 from .networks.blocks import NATBlock
 from .networks.upernet import ConvBlock
@@ -76,13 +77,13 @@ def _pointwise(linear: nn.Linear) -> nn.Conv2d:
 def fuse(model: _Model, *, freezing: bool = False) -> _Model:
     """Folds what is linear into the weights next to it; returns a copy in evaluation mode.
 
-    Layer scale moves into the projection it follows, the scale of the logits into the rows of the query projection, a
-    segmenter's BatchNorm into its convolution, and convolutions keep their weights channels last. The copy is a model
-    of the same class and computes the same function, up to rounding in its dtype; its state dict no longer has the
-    published keys. The given model is left as it is.
+    Layer scale moves into the projection it follows, the scale of the logits into the rows of the query projection, the
+    BatchNorms of a segmenter or of a Cascade's box heads into their convolutions, and convolutions keep their weights
+    channels last. The copy is a model of the same class and computes the same function, up to rounding in its dtype;
+    its state dict no longer has the published keys. The given model is left as it is.
 
     Args:
-        model: A NAT or any module that has NAT blocks inside, a features_only one or a segmentation model say.
+        model: A NAT or any module that has NAT blocks inside, a features_only one, a segmenter or a detector say.
         freezing: Make the form for torch.compile with Inductor's freezing: 1x1 convolutions for the blocks' linear
             layers. Eager or compiled without freezing it is slower than without this, one image at a time.
 
@@ -100,12 +101,24 @@ def fuse(model: _Model, *, freezing: bool = False) -> _Model:
         attn.scale = 1.0
         block.ls1 = _fold(block.ls1, attn.proj)
         block.ls2 = _fold(block.ls2, block.mlp.fc2)
-    for module in fused.modules():
-        if isinstance(module, ConvBlock):
-            module.conv, module.bn = fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()
+    fold_batch_norms(fused)
     if freezing:
         fused = PointwiseBlock(fused) if isinstance(fused, NATBlock) else fused.apply(_use_pointwise_blocks)
     return fused.to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def fold_batch_norms(model: nn.Module) -> None:
+    """Moves the BatchNorms of a segmenter, or of a Cascade's box heads, into the convolutions before them, in place.
+
+    Args:
+        model: In evaluation.
+    """
+    for module in model.modules():
+        if isinstance(module, ConvBlock):
+            module.conv, module.bn = fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()
+        elif isinstance(module, Conv2dNormActivation) and any(isinstance(x, nn.BatchNorm2d) for x in module):
+            module[0], module[1] = fuse_conv_bn_eval(module[0], module[1]), nn.Identity()
 
 
 def _fold(layer_scale: nn.Module, linear: nn.Linear) -> nn.Module:

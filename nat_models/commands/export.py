@@ -7,13 +7,17 @@ pt2          torch.export: torch.export.load("nat_tiny.pt2").module()
 aoti         compiled by AOTInductor for this machine: torch._inductor.aoti_load_package("nat_tiny.pt2")
 torchscript  a trace: torch.jit.load("nat_tiny.pt")
 
-A folder of a segmenter is exported whole, to the logits of each pixel.
+A folder of a segmenter is exported whole, to the logits of each pixel; that of a detector to its detections.
 
 The file maps "image", [B, C, H, W] in float32, to "logits", [B, num_classes] in float32, for any B; of a segmenter
 [B, num_classes, H, W]. H and W are those of --img-size, or any from 32 px with --dynamic-size
 (TorchScript: always any; AOTInductor: never). Its metadata holds "model", "preprocessing" (JSON) and
 "label_names" (a JSON list, empty if unknown): metadata_props in ONNX, extra files in pt2 and TorchScript,
 get_metadata() of an AOTInductor package.
+
+The file of a detector (not aoti) maps one "image", [1, C, H, W], H and W from 33 px, to "boxes" [N, 4] in its pixels,
+"labels" [N], "scores" [N] and "masks" [N, 1, 28, 28], probabilities on the boxes, for any N. Its metadata also holds
+"category_ids" (a JSON list). Loading pt2 or TorchScript takes torchvision, for its operators.
 """
 
 import argparse
@@ -21,8 +25,10 @@ from pathlib import Path
 
 from torch import nn
 
+from ..detector_export import export_detector
 from ..errors import UserError
 from ..export import DTYPES, FORMATS, check_output, export
+from ..training.detectors import is_detector, load_detector
 from ..training.models import add_model_flags, model_from_flags
 from ..training.segmenters import is_segmenter, load_segmenter
 
@@ -43,6 +49,8 @@ def run(args: argparse.Namespace) -> None:
     if output is None:
         output = Path(f"{args.model.rpartition('/')[2]}{FORMATS[args.format][0]}")
     check_output(output, args.format, args.dynamic_size)  # better known before weights are loaded
+    if is_detector(folder := Path(args.model)):
+        return _export_detector(args, folder, output)
     model, about = _model(args)
     export(
         model,
@@ -62,10 +70,35 @@ def _model(args: argparse.Namespace) -> tuple[nn.Module, dict]:
     folder = Path(args.model)
     if not is_segmenter(folder):
         return model_from_flags(args, args.num_classes), {}
-    given = (args.num_classes, args.checkpoint, args.model_kwargs or None)
-    for flag, value in zip(("--num-classes", "--checkpoint", "--model-kwargs"), given, strict=True):
-        if value is not None:
-            raise UserError(f"{flag} is not for a segmenter: {folder} says what it is.")
+    _refuse_model_flags(args, "a segmenter")
     network, about = load_segmenter(folder)
     kept = ("mean", "std", "short_side", "long_side")
     return network, dict(preprocessing={key: getattr(about, key) for key in kept}, labels=about.classes)
+
+
+def _refuse_model_flags(args: argparse.Namespace, what: str) -> None:
+    given = (args.num_classes, args.checkpoint, args.model_kwargs or None)
+    for flag, value in zip(("--num-classes", "--checkpoint", "--model-kwargs"), given, strict=True):
+        if value is not None:
+            raise UserError(f"{flag} is not for {what}: {args.model} says what it is.")
+
+
+def _export_detector(args: argparse.Namespace, folder: Path, output: Path) -> None:
+    _refuse_model_flags(args, "a detector")
+    if args.dtype != "float32":
+        raise UserError(f"A detector is exported in float32, got --dtype {args.dtype}.")
+    detector, about = load_detector(folder)
+    kept = ("mean", "std", "short_side", "long_side")
+    side = about.short_side if args.img_size is None else args.img_size
+    export_detector(
+        detector,
+        output,
+        format=args.format,
+        name=args.model,
+        size=(side, side),
+        dynamic_size=args.dynamic_size,
+        check=args.check,
+        preprocessing={key: getattr(about, key) for key in kept},
+        labels=about.classes,
+        category_ids=about.ids(),
+    )

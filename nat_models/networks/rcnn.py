@@ -240,7 +240,7 @@ class AlignedRoIPool(nn.Module):
         of_image = [torch.full_like(each[:, :1], i) for i, each in enumerate(boxes)]
         rois = torch.cat([torch.cat(of_image), torch.cat(list(boxes))], 1)
         levels = self.levels_of(torch.cat(list(boxes)))
-        out = maps[0].new_zeros(len(rois), maps[0].shape[1], self.size, self.size)
+        out = maps[0].new_zeros(rois.shape[0], maps[0].shape[1], self.size, self.size)
         for level, (x, stride) in enumerate(zip(maps, STRIDES, strict=False)):
             (index,) = torch.where(levels == level)
             x = at_least_float32(x)  # not the boxes in the maps' 16 bits

@@ -150,7 +150,7 @@ class Stage(nn.Module):
         By the deltas of their labels [N]; for the background, those of the best class.
         """
         best = torch.where(labels < self.num_classes, labels, logits[:, :-1].argmax(1))
-        chosen = deltas.detach()[torch.arange(len(best), device=best.device), best]
+        chosen = deltas.detach()[torch.arange(best.shape[0], device=best.device), best]
         return clip_boxes_to_image(self.box_coder.decode_single(chosen, boxes), size)
 
 

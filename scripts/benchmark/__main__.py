@@ -10,6 +10,7 @@
     python -m scripts.benchmark dtype               # networks, bfloat16 against float32
     python -m scripts.benchmark compiled            # networks, eager, fused and compiled; compiling takes minutes
     python -m scripts.benchmark segmentation --threads 2  # UPerNet against transformers' with timm's Swin-Tiny
+    python -m scripts.benchmark detection --threads 2     # Mask R-CNN against torchvision's with timm's Swin-Tiny
     python -m scripts.benchmark tiles               # which tile the blocked backend should use, forward and backward
 
 Contestants are timed in one process, in turn; medians and ratios are printed, so that a drifting machine hurts everyone

@@ -61,6 +61,14 @@ def _time_per_pixel(axes: Axes, rows: list[dict]) -> None:
     axes.set_ylabel("ns / pixel")
 
 
+def _runs(axes: Axes, rows: list[dict]) -> None:
+    """A bar for each row, which is named by its texts."""
+    names = [", ".join(short(x) for x in row.values() if isinstance(x, str)) for row in rows]
+    axes.barh(names, [row["ms"] for row in rows], label="ms")
+    axes.invert_yaxis()
+    axes.set_xlabel("ms")
+
+
 PLOTS = {
     "op": partial(_bars, suffix=" ms", log=True),
     "layer": partial(_bars, suffix=" ms"),
@@ -68,6 +76,8 @@ PLOTS = {
     "step": partial(_bars, suffix="images/s"),
     "memory": partial(_bars, suffix=" MiB"),
     "growth": _time_per_pixel,
+    "segmentation": _runs,
+    "detection": _runs,
 }
 
 

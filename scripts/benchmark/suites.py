@@ -19,6 +19,7 @@ from nat_models import NeighborhoodAttention2d, fuse
 from nat_models.ops import use_backend
 from nat_models.ops.backends import blocked, native
 
+from .detection import detection
 from .measure import Call, interleaved, peak_mib
 from .plots import short
 from .segmentation import segmentation
@@ -47,6 +48,7 @@ MODELS = {  # what a suite of networks runs unless --models says otherwise
     "gemm": ["nat_tiny"],
     "dtype": ["nat_tiny"],
     "segmentation": ["nat_tiny"],
+    "detection": ["nat_tiny"],
     "compiled": [*TINY, "swin_small_patch4_window7_224"],
 }
 
@@ -383,4 +385,7 @@ def tiles(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-SUITES = {f.__name__: f for f in (op, layer, model, step, memory, growth, gemm, dtype, compiled, segmentation, tiles)}
+SUITES = {
+    f.__name__: f
+    for f in (op, layer, model, step, memory, growth, gemm, dtype, compiled, segmentation, detection, tiles)
+}

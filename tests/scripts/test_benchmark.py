@@ -15,7 +15,7 @@ from PIL import Image
 
 from nat_models.ops.backends import native
 from scripts.benchmark import __main__ as script
-from scripts.benchmark import measure, segmentation, suites
+from scripts.benchmark import detection, measure, segmentation, suites
 from scripts.benchmark.measure import interleaved, peak_mib
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="peak memory on a CPU is read from Linux")
@@ -29,6 +29,7 @@ def _small():
             monkeypatch.setattr(suites, name, value)
         for name, value in dict(SIZE=64, CHANNELS=16).items():
             monkeypatch.setattr(segmentation, name, value)
+        monkeypatch.setattr(detection, "WORK", detection.Work((64, 96), 20, 30, 3))
         yield
 
 
@@ -125,12 +126,13 @@ COLUMNS = {
     "dtype": {"model", "float32 images/s", "bfloat16 images/s", "bfloat16 over float32"}
     | {"largest logit", "largest difference"},
     "segmentation": {"backbone", "form", "ms", "of eager", "of Swin's eager", "peak MiB"},
+    "detection": {"backbone", "system", "form", "ms", "of eager", "of Swin's eager", "peak MiB"},
     "tiles": {"map", "4 x 4 ms", "7 x 7 ms", "whole map ms"},
 }
-ROWS = {"model": 4, "growth": 2, "tiles": 2, "segmentation": 6}  # where it is not one
+ROWS = {"model": 4, "growth": 2, "tiles": 2, "segmentation": 6, "detection": 8}  # where it is not one
 SUITES = [
     pytest.param("op", marks=pytest.mark.skipif(not native.available()[0], reason="the native kernel was not built")),
-    *(pytest.param(suite, marks=needs_linux) for suite in ("layer", "memory", "segmentation")),
+    *(pytest.param(suite, marks=needs_linux) for suite in ("layer", "memory", "segmentation", "detection")),
     *("model", "step", "growth", "gemm", "dtype", "tiles"),
 ]
 
@@ -243,7 +245,10 @@ def test_a_peer_that_computes_something_else_is_left_out(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["gemm", "--plot", "x.png"], "--plot is for op, layer, model, step, memory, growth; gemm has none."),
+        (
+            ["gemm", "--plot", "x.png"],
+            "--plot is for op, layer, model, step, memory, growth, segmentation, detection; gemm has none.",
+        ),
         (["op", "--models", "nat_mini"], "op runs no networks."),
         (["op", "--json", "nowhere/x.json"], "there is no folder nowhere for x.json."),
         (["dtype", "--dtype", "float32"], "compares another --dtype with float32."),
@@ -272,3 +277,28 @@ def test_the_peer_gives_logits_of_the_same_form():
         ours = segmentation._segmenter("nat_mini", "bfloat16", args)()
     assert theirs.shape == ours.shape == (1, 150, 64, 64)
     assert (theirs.dtype, ours.dtype) == (torch.float32, torch.bfloat16)
+
+
+@needs_linux
+def test_detectors_are_compared_with_the_peer_and_with_their_own_eager_form(ran):
+    content = ran("detection").content
+    rows = {(row["system"], row["backbone"], row["form"]): row for row in content["rows"]}
+    peer, ours = rows[detection.MASK, detection.PEER, "eager"], rows[detection.CASCADE, "nat_mini", "fused"]
+    assert ours["of Swin's eager"] == pytest.approx(ours["ms"] / peer["ms"])
+    assert ours["of eager"] == pytest.approx(ours["ms"] / rows[detection.CASCADE, "nat_mini", "eager"]["ms"])
+    assert content["notes"] == []  # each has its number of detections
+
+
+@pytest.mark.parametrize("name", [detection.PEER, "nat_mini"])
+@torch.no_grad()
+def test_detectors_have_the_same_number_of_boxes_to_do(name):
+    seen = []
+    network = detection._detector(detection.MASK, name, detection.WORK).eval()
+    box_head, mask_head = (
+        next(m for key, m in network.roi_heads.named_modules() if key.rpartition(".")[2] == part)
+        for part in ("box_head", "mask_head")
+    )
+    for head in (box_head, mask_head):
+        head.register_forward_pre_hook(lambda module, inputs: seen.append(list(inputs[0].shape)))
+    network([torch.rand(3, 64, 96)])
+    assert seen == [[20, 256, 7, 7], [30, 256, 14, 14]]
