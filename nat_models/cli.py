@@ -17,7 +17,7 @@ from .errors import CheckpointError, Stopped, UserError, missing_extra, unknown
 
 COMMANDS = {
     "train": "fine-tune or train a model on a folder of images",
-    "check": "look at images and masks before training: pairs, classes, pixels of each, a sheet of pictures",
+    "check": "look at images with masks or boxes before training: what is wrong, classes, a sheet of pictures",
     "evaluate": "evaluate checkpoints on labelled images: figures, confusion matrix, worst mistakes",
     "predict": "name the classes of images, and sort them",
     "features": "write features of images: pooled, per level or dense, in a file or in shards",

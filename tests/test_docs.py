@@ -19,6 +19,7 @@ from nat_models.cli import main
 from tests.conftest import original_state_dict
 from tests.forks import Forks
 from tests.hub import Hub, client_environment
+from tests.training.boxed import put_roboflow
 
 ROOT = Path(__file__).parents[1]
 # page: how many blocks of it run
@@ -38,6 +39,7 @@ PAGES = {
     "docs/resume.md": 1,
     "docs/tables.md": 2,
     "docs/segmentation_data.md": 1,
+    "docs/detection_data.md": 1,
     "docs/segmentation.md": 5,
     "docs/imbalance.md": 1,
     "docs/scaling.md": 0,
@@ -64,8 +66,8 @@ def hub():
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory) -> Path:
-    """A folder with what a reader is told to have: a photo, images in class folders, a street with masks, the authors'
-    file."""
+    """A folder with what a reader is told to have: a photo, images in class folders, a street with masks, pets with
+    boxes, the authors' file."""
     from PIL import Image
 
     desk = tmp_path_factory.mktemp("desk")
@@ -82,6 +84,7 @@ def desk(tmp_path_factory) -> Path:
         photos[0].crop((40 * i, 0, 40 * i + 64, 48)).save(desk / "street" / "images" / f"{i}.jpg")
         Image.new("L", (64, 48)).point(lambda _, i=i: 7 * (i % 2)).save(desk / "street" / "masks" / f"{i}.png")
     (desk / "street" / "classes.json").write_text('{"values": {"0": "background", "7": "road"}}')
+    put_roboflow(desk / "pets")
     torch.save(original_state_dict("nat_tiny"), desk / "nat_tiny.pth")
     return desk
 
@@ -102,6 +105,7 @@ LOCAL = (
     "docs/resume.md",
     "docs/tables.md",
     "docs/segmentation_data.md",
+    "docs/detection_data.md",
     "docs/imbalance.md",
     "docs/segmentation.md",
 )
@@ -172,7 +176,7 @@ def test_every_kind_of_reader_has_a_row():
 
 @pytest.mark.parametrize("page", LOCAL)
 def test_how_tos_without_published_weights_run_as_printed(page, desk, monkeypatch, tmp_path):
-    for name in ("images", "photo.jpg", "street"):
+    for name in ("images", "photo.jpg", "street", "pets"):
         (tmp_path / name).symlink_to(desk / name)
     monkeypatch.chdir(tmp_path)
     blocks = _blocks(page)

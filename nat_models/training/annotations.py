@@ -126,18 +126,21 @@ class AnnotatedPart:
 
     def with_objects(self) -> "AnnotatedPart":
         """Of the images those that show an object; crowds are none."""
-        counts = np.diff(self.starts)
-        of_image = np.repeat(np.arange(len(self)), counts)
-        shows = np.bincount(of_image[~self.crowd], minlength=len(self)) > 0
-        images, objects = np.flatnonzero(shows), np.flatnonzero(shows[of_image])
+        of_image = np.repeat(np.arange(len(self)), np.diff(self.starts))
+        return self.subset(np.flatnonzero(np.bincount(of_image[~self.crowd], minlength=len(self))))
+
+    def subset(self, kept: Sequence[int]) -> "AnnotatedPart":
+        """Some of the images, with what is on them: without negatives, for one."""
+        objects = [i for image in kept for i in range(self.starts[image], self.starts[image + 1])]
+        counts = np.diff(self.starts)[np.asarray(kept, np.int64)]
         return AnnotatedPart(
-            names=Texts.of(self.names[i] for i in images),
-            paths=Texts.of(self.paths[i] for i in images),
-            image_ids=self.image_ids[images],
-            sizes=self.sizes[images],
-            starts=np.cumsum([0, *counts[images]], dtype=np.int64),
-            **{name: getattr(self, name)[objects] for name in ("boxes", "labels", "areas", "crowd", "ids")},
-            outlines=Outlines.of(self.outlines[i] for i in objects),
+            Texts.of(self.names[i] for i in kept),
+            Texts.of(self.paths[i] for i in kept),
+            self.image_ids[kept],
+            self.sizes[kept],
+            np.cumsum([0, *counts], dtype=np.int64),
+            *(array[objects] for array in (self.boxes, self.labels, self.areas, self.crowd, self.ids)),
+            Outlines.of(self.outlines[i] for i in objects),
         )
 
     def update(self, digest) -> None:

@@ -92,7 +92,7 @@ def check_objects(image: RawImage, header: Header, lies: str, problems: Problems
         if (found := _check(item, image, frame, problems)) is None:
             continue
         box, outline, area = found
-        if isinstance(outline, list) and item.box is not None and not item.crowd and _far(box, outline):
+        if isinstance(outline, list) and item.box is not None and not item.crowd and _far(box, np.concatenate(outline)):
             result.far.append(item.name)
         result.objects.append(item)
         result.boxes.append(turn_boxes(box, frame, orientation))
@@ -109,30 +109,37 @@ def _check(
     called, unit = f"{item.name} of {image.image.name}", (width, height) if image.relative else (1, 1)
     outline = item.outline
     if isinstance(outline, list):
-        outline = [polygon * unit for polygon in outline]
+        outline = [polygon * unit for polygon in outline] if image.relative else outline
         points = np.concatenate(outline)
-        if (points < -_SLACK).any() or (points > np.array((width, height)) + _SLACK).any():
-            low, high = points.min(axis=0), points.max(axis=0)
-            said = _say((*low, *high), frame)
+        extent = [*points.min(axis=0).tolist(), *points.max(axis=0).tolist()]
+        if not _within(extent, frame, _SLACK):
+            said = _say(extent, frame)
             return problems.add("outlines reach out of their image", f"{called}, {said}", item.category)
-        outline = [polygon.clip(0, (width, height)) for polygon in outline]
+        if not _within(extent, frame, 0):
+            outline = [polygon.clip(0, (width, height)) for polygon in outline]
     box = item.box if item.box is not None else extent_of(outline, height, width)
     if box is None:
         return problems.add("annotations have no area", called, item.category)
-    box = np.array(box, np.float64) * (unit * 2)
-    if box[2] <= box[0] or box[3] <= box[1]:
-        said = f"width {box[2] - box[0]:g}, height {box[3] - box[1]:g}"
+    x1, y1, x2, y2 = (x * side for x, side in zip(box, unit * 2, strict=True))
+    if x2 <= x1 or y2 <= y1:
+        said = f"width {x2 - x1:g}, height {y2 - y1:g}"
         return problems.add("annotations have no area", f"{called}, {said}", item.category)
-    if (box < -_SLACK).any() or (box > np.array((width, height) * 2) + _SLACK).any():
-        return problems.add("boxes reach out of their image", f"{called}, {_say(box, frame)}", item.category)
-    box = box.clip(0, (width, height) * 2)
-    sides = np.float32(box[2:]) - np.float32(box[:2])
+    if not _within((x1, y1, x2, y2), frame, _SLACK):
+        said = _say((x1, y1, x2, y2), frame)
+        return problems.add("boxes reach out of their image", f"{called}, {said}", item.category)
+    box = np.array([max(0.0, x1), max(0.0, y1), min(width, x2), min(height, y2)])
+    sides = np.float32(box[2:]) - np.float32(box[:2])  # as they are kept
     covered = _area(outline, frame)
     if sides.min() <= 0 or covered == 0:
         what = "box" if sides.min() <= 0 else "outline"
         return problems.add("annotations have no area", f"{called}, the {what}", item.category)
     area = item.area if item.area is not None else float(sides.prod()) if covered is None else covered
     return box, outline, area
+
+
+def _within(extent: Sequence[float], frame: tuple[int, int], slack: float) -> bool:
+    x1, y1, x2, y2 = extent
+    return x1 >= -slack and y1 >= -slack and x2 <= frame[1] + slack and y2 <= frame[0] + slack
 
 
 def _say(box: Sequence[float], frame: tuple[int, int]) -> str:
@@ -148,17 +155,16 @@ def _area(outline: Outline, frame: tuple[int, int]) -> float | None:
         return float(run_lengths(outline)[1::2].sum())
     total = 0.0
     for polygon in outline:
-        x, y = (polygon - polygon[0]).T
-        total += abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
+        x, y = (polygon - polygon[0]).T  # which makes of the last and the first corner nothing to add
+        total += abs(float(x[:-1] @ y[1:] - y[:-1] @ x[1:])) / 2
     return total or float(patch_of(outline, *frame)[2].sum())  # the halves of a bow tie cancel each other
 
 
-def _far(box: np.ndarray, outline: list[np.ndarray]) -> bool:
-    points = np.concatenate(outline)
-    low, high = np.maximum(box[:2], points.min(axis=0)), np.minimum(box[2:], points.max(axis=0))
-    common = (high - low).clip(0).prod()
-    union = (box[2:] - box[:2]).prod() + np.ptp(points, axis=0).prod() - common
-    return bool(common < 0.5 * union)
+def _far(box: np.ndarray, points: np.ndarray) -> bool:
+    x1, y1, x2, y2 = box.tolist()
+    (left, top), (right, bottom) = points.min(axis=0).tolist(), points.max(axis=0).tolist()
+    common = max(0.0, min(x2, right) - max(x1, left)) * max(0.0, min(y2, bottom) - max(y1, top))
+    return common < 0.5 * ((x2 - x1) * (y2 - y1) + (right - left) * (bottom - top) - common)
 
 
 def _turned(outline: Outline, frame: tuple[int, int], orientation: int) -> Outline:

@@ -49,6 +49,13 @@ def read_raw_boxes(source: Path, exclude: Iterable[Path] = ()) -> RawData:
     return read_voc(source, exclude) if shape == "VOC" else _read_all(about, source)
 
 
+def holds_boxes(source: Path) -> bool:
+    """Whether a source has one of the shapes of annotated objects, and is no folder of images and masks."""
+    if source.is_file():
+        return source.suffix.lower() in (".yaml", ".yml", ".json")
+    return source.is_dir() and not (source / "masks").is_dir() and any(find(source) for find in _SHAPES.values())
+
+
 def _read_all(files: list[tuple[str, Path, list[Path]]], root: Path) -> RawData:
     data = RawData()
     for part, file, folders in files:

@@ -20,7 +20,7 @@ SHORT_SIDES = tuple(range(480, 801, 32))  # of the paper's training, and so are 
 LONG_SIDE = 1333
 CROP_SHORT_SIDES = (400, 500, 600)
 CROP_SIDES = (384, 600)
-_OF_OBJECTS = ("boxes", "labels", "iscrowd", "area", "annotation_ids", "masks")
+_OF_OBJECTS = ("boxes", "labels", "iscrowd", "area", "annotation_ids", "masks", "cut")
 
 
 class BoxSet(Items):
@@ -121,7 +121,7 @@ def make_box_augmentation(
     if crop:
         cut = v2.Compose([FitSides(crop_short_sides, long_side), CropBoxes(crop_sides), resize])
         size = v2.RandomChoice([resize, cut])
-    return v2.Compose([MirrorBoxes(hflip), size, DropSmall(), _floats()])
+    return v2.Compose([MirrorBoxes(hflip), size, Settle(), _floats()])
 
 
 def make_box_evaluation() -> nn.Module:
@@ -173,8 +173,8 @@ class MirrorBoxes(nn.Module):
 class CropBoxes(nn.Module):
     """A random crop of an image and its objects, each side drawn apart.
 
-    Boxes are cut at its borders; one that is cut becomes the extent of what is left of its mask, where it has one. What
-    is left without a pixel is dropped, a crowd like an object; perhaps nothing is left.
+    Boxes are cut at its borders, and "cut" of the target says which were; what is left without area is dropped, a crowd
+    like an object. Perhaps nothing is left.
 
     Args:
         sides: Least and greatest side, px.
@@ -194,23 +194,22 @@ class CropBoxes(nn.Module):
         image = F.crop(image, top, left, height, width)
         boxes = F.clamp_bounding_boxes(F.crop(target["boxes"], top, left, height, width))
         moved = target["boxes"].as_subclass(Tensor) - torch.tensor([left, top, left, top])
-        target = dict(target, boxes=boxes)
+        plain = boxes.as_subclass(Tensor)
+        target = dict(target, boxes=boxes, cut=(plain != moved).any(dim=1))
         if "masks" in target:
             target["masks"] = target["masks"].cropped(top, left, height, width)
-        sides = (boxes[:, 2:] - boxes[:, :2]).as_subclass(Tensor)
-        target = keep(target, (sides > 0).all(dim=1))
-        if "masks" in target:
-            cut = (boxes.as_subclass(Tensor) != moved).any(dim=1)[(sides > 0).all(dim=1)].nonzero()[:, 0]
-            target["boxes"][cut] = tv_tensors.wrap(target["masks"][cut].extents(), like=target["boxes"])
-            target = keep(target, (target["boxes"][:, 2:] > target["boxes"][:, :2]).as_subclass(Tensor).all(dim=1))
-        return image, target
+        return image, keep(target, (plain[:, 2:] > plain[:, :2]).all(dim=1))
 
 
-class DropSmall(nn.Module):
-    """Drops what has a side of less than a pixel: nearest pixels may not show it."""
+class Settle(nn.Module):
+    """Makes the box of a mask that a crop cut the extent of what is left of it, and drops what has a side of less than
+    a pixel."""
 
     def forward(self, image: tv_tensors.Image, target: dict) -> tuple:
-        boxes = F.clamp_bounding_boxes(target["boxes"])
+        target = dict(target)
+        boxes, cut = F.clamp_bounding_boxes(target["boxes"]), target.pop("cut", None)
+        if cut is not None and "masks" in target and cut.any():
+            boxes[cut] = target["masks"][cut].extents()
         _, kept = F.sanitize_bounding_boxes(boxes, min_size=1.0)
         return image, keep(dict(target, boxes=boxes), kept)
 

@@ -34,10 +34,13 @@ def read_coco(file: Path, part: str, folders: Sequence[Path], root: Path, data: 
     problems, where = data.problems, os.path.relpath(file, root)
     names = _categories(content["categories"], file)
     images, lost = _images(content["images"], where, folders, root, problems)
-    if content["images"] and not images and not lost:
-        raise UserError(f"No image that {file} lists is there, such as {problems.found['images are missing'][0]}.")
+    missing = problems.found.get("images are missing")
+    if missing and not images:
+        raise UserError(f"No image that {file} lists is there, such as {missing[0]}.")
     taken: set = set()
-    for entry in content["annotations"]:
+    entries = content["annotations"]
+    for i, entry in enumerate(entries):
+        entries[i] = None  # a large file's numbers take more memory than all that is made of them
         _add_object(entry, where, images, lost, names, taken, problems)
     objects = [x for image in images.values() for x in image.objects]
     if objects and all(x.crowd for x in objects):
@@ -104,10 +107,9 @@ def _images(
             problems.add("images lack an id or a file_name", f"{str(entry)[:80]} ({where})")
             continue
         if number in images or number in lost:
-            first = images.pop(number, None)
+            images.pop(number, None)
             lost.add(number)
-            said = f"{number} of {first.image.name} and {name}" if first else f"{number} of {name}"
-            problems.add("image ids stand twice", f"{said} ({where})")
+            problems.add("image ids stand twice", f"{number}, of {name} too ({where})")
             continue
         path = find(name)
         if path is None:
@@ -197,7 +199,7 @@ class _Wrong(Exception):
 
 
 def _numbers(values: object) -> np.ndarray:
-    if not isinstance(values, list) or any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in values):
+    if not isinstance(values, list) or not set(map(type, values)) <= {int, float}:
         raise _Wrong("annotations hold what is no number", f", {str(values)[:60]}")
     array = np.array(values, np.float64)
     if not np.isfinite(array).all():

@@ -173,7 +173,9 @@ def _evaluate(
     for entry in entries:
         if kind == "mask":
             del entry["bbox"]  # with which its area would be the box's
-    evaluator = COCOeval_faster(truth, truth.loadRes(entries), iouType=_KINDS[kind], print_function=_say_nothing)
+    nothing = COCO(dict(images=images, annotations=[], categories=categories))
+    results = truth.loadRes(entries) if entries else nothing
+    evaluator = COCOeval_faster(truth, results, iouType=_KINDS[kind], print_function=_say_nothing)
     evaluator.params.maxDets = sorted({1, 10, max_dets})
     evaluator.evaluate()
     evaluator.accumulate()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from PIL import ImageDraw, ImageFont
 from PIL.Image import Image, Resampling, fromarray
 
 from .decoding import Encoded, decode
@@ -153,6 +154,58 @@ def draw_truth(
             text.set_parse_math(False)
     figure.suptitle(title, fontsize=10, **_PLAIN)
     return figure
+
+
+def draw_objects(
+    picture: np.ndarray,
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    colours: Sequence[tuple[int, int, int]],
+    names: Sequence[str],
+    *,
+    masks: np.ndarray | None = None,
+    crowd: np.ndarray | None = None,
+    scores: np.ndarray | None = None,
+    longest: int | None = _PANEL,
+    strength: float = 0.45,
+) -> np.ndarray:
+    """A picture with boxes, masks and names of objects on it; a crowd is striped in white.
+
+    Args:
+        picture: [H, W, 3] uint8.
+        boxes: [N, 4], (x1, y1, x2, y2) px of the picture.
+        labels: [N] class indices.
+        colours: (red, green, blue) of each class.
+        names: Of the classes.
+        masks: [N, H, W], 0 outside; None draws boxes alone.
+        crowd: [N] bool; None for none.
+        scores: [N] from 0 to 1, told beside the names; None for the truth.
+        longest: px, of the side of what comes out; None leaves the size.
+        strength: Of the colours of masks, from 0 to 1.
+
+    Returns:
+        [H, W, 3] uint8.
+    """
+    factor = 1.0 if longest is None else min(1.0, longest / max(picture.shape[:2]))
+    size = tuple(max(1, round(side * factor)) for side in picture.shape[1::-1])
+    shown = np.array(fromarray(picture).resize(size))
+    crowd = np.zeros(len(boxes), bool) if crowd is None else crowd
+    for i in range(len(boxes)) if masks is not None else ():
+        inside = np.asarray(fromarray((masks[i] > 0).astype(np.uint8)).resize(size, Resampling.NEAREST)) > 0
+        index = np.where(inside, -1 if crowd[i] else labels[i], len(colours))
+        laid = overlay(shown, np.where(inside, index, 0), colours, strength)
+        shown = np.where(inside[..., None], laid, shown)
+    image = fromarray(shown)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=11)
+    for i in np.argsort(-(boxes[:, 2:] - boxes[:, :2]).prod(axis=1), kind="stable"):  # the small ones on top
+        colour, corners = (255, 255, 255) if crowd[i] else tuple(colours[labels[i]]), boxes[i] * factor
+        draw.rectangle(corners.tolist(), outline=colour, width=2)
+        said = names[labels[i]] + (" (crowd)" if crowd[i] else "")
+        said += "" if scores is None else f" {scores[i]:.2f}"
+        place = (float(corners[0]) + 2, max(0.0, float(corners[1]) - 13))
+        draw.rectangle(draw.textbbox(place, said, font=font), fill=colour)
+        draw.text(place, said, fill="black" if sum(colour) > 380 else "white", font=font)
+    return np.asarray(image)
 
 
 def draw_attention(

@@ -187,5 +187,7 @@ def turn_points(xy: np.ndarray, size: tuple[int, int], orientation: int) -> np.n
 
 def turn_boxes(boxes: np.ndarray, size: tuple[int, int], orientation: int) -> np.ndarray:
     """Boxes [..., 4] of (x1, y1, x2, y2) px, turned upright with their image; see turn_points."""
+    if orientation == 1:
+        return boxes
     corners = turn_points(boxes.reshape(*boxes.shape[:-1], 2, 2), size, orientation)
     return np.concatenate([corners.min(axis=-2), corners.max(axis=-2)], axis=-1)

@@ -299,3 +299,23 @@ def test_boxes_alone_are_read_where_that_is_asked_for(tmp_path):
     assert data.masks and len(data.parts["val"].boxes) == 5 and data.dropped == {"cat": 1}
     with pytest.raises(UserError, match="has boxes and no outline"):
         read_box_data(put_one(tmp_path / "plain", outlines=False), val_fraction=None, masks=True)
+
+
+def test_a_subset_is_those_images_and_nothing_else(tmp_path):
+    data = read_box_data(put_roboflow(tmp_path))
+    whole = data.parts["train"]
+    data.parts["train"] = whole.subset(np.flatnonzero(np.diff(whole.starts) > 0)[::-1])
+    assert list(by_stem(data)) == ["c", "b", "a"]
+    assert by_stem(data) == {stem: EXPECTED["train"][stem] for stem in "abc"}
+    assert data.parts["train"].image_ids.tolist() == [3, 2, 1] and data.parts["train"].ids.tolist() == [
+        4,
+        5,
+        6,
+        3,
+        1,
+        2,
+    ]
+    top, left, patch = patch_of(data.parts["train"].outlines[3], *SIZE)
+    assert (top, left, *patch.shape) == (0, 0, 12, 10)
+    assert data.parts["train"].image(2) == whole.image(0)
+    assert len(whole.subset([])) == 0
