@@ -23,7 +23,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
 from rich.table import Table
 from timm.data import ImageNetInfo
 from timm.data.model_config import resolve_input_data_config
@@ -51,6 +50,7 @@ from ..training.splits import Part, read_part
 from ..training.tables import Columns
 from ..writing import write_atomically, writing
 from .evaluate_masks import evaluate_masks
+from .held_out import check_same, held_out, is_own_data, settings_of_run
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -114,9 +114,7 @@ def _evaluate_all(args: argparse.Namespace, folders: dict[str, Path | None]) -> 
     for name, folder in folders.items():
         model = _make_model(args, name)
         part = _read(args, name, model)
-        if images not in (None, part.images):
-            raise UserError(f"The runs held out different parts of {args.data}: name --seed and --val-fraction.")
-        images = part.images
+        images = check_same(args, images, part.images)
         rows.append(_evaluate(args, name, model, part, folder))
     return rows
 
@@ -146,14 +144,13 @@ def _make_model(args: argparse.Namespace, name: str) -> nn.Module:
 
 def _read(args: argparse.Namespace, name: str, model: nn.Module) -> Part:
     """The images to evaluate a model on."""
-    names, run = class_names(model), _run_settings(name)
+    source = resolve_name(name)
+    run = settings_of_run(Path(source.removeprefix("local-dir:"))) if source.startswith("local-dir:") else {}
+    names = class_names(model)
     columns = Columns(*(getattr(args, f"{column}_column") for column in Columns._fields))
-    held_out = dict(val_fraction=run.get("val_fraction", 0.1), seed=run.get("seed", 0))
-    held_out |= {key: getattr(args, key) for key in held_out if getattr(args, key) is not None}
     # Of one tree, what the run never saw.
-    own = run.get("data") and Path(run["data"]).resolve() == args.data.resolve()
-    split = args.split or ("val" if own else None)
-    part, multi_label, notes = read_part(args.data, names, split=split, columns=columns, **held_out)
+    split = args.split or ("val" if is_own_data(args, run) else None)
+    part, multi_label, notes = read_part(args.data, names, split=split, columns=columns, **held_out(args, run))
     if multi_label != is_multi_label(model):
         raise UserError(
             f"{name} was trained on {'several labels' if not multi_label else 'one label'} per image; "
@@ -162,14 +159,6 @@ def _read(args: argparse.Namespace, name: str, model: nn.Module) -> Part:
     for note in notes:
         console.print(note)
     return part
-
-
-def _run_settings(name: str) -> dict:
-    """The settings of the run that wrote a model; none of another model."""
-    source = resolve_name(name)
-    config = Path(source.removeprefix("local-dir:")).parent / "config.yaml"
-    settings = yaml.safe_load(config.read_text()) if source.startswith("local-dir:") and config.is_file() else None
-    return settings if isinstance(settings, dict) else {}
 
 
 def _evaluate(args: argparse.Namespace, name: str, model: nn.Module, part: Part, folder: Path | None) -> dict:

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 
 import torch
-import yaml
 from rich.table import Table
 from torchmetrics.classification import MulticlassConfusionMatrix
 
@@ -20,6 +19,7 @@ from ..training.segmenters import Segmenter, load_segmenter
 from ..training.segmenting import check_tile, segment
 from ..training.tasks.segmentation import scores
 from ..writing import write_atomically, writing
+from .held_out import asked, check_same, held_out, is_own_data, settings_of_run
 
 _READING = ("classes", "reduce_zero_label", "mask_values", "group")  # of a run, how its masks are read
 
@@ -39,27 +39,22 @@ def evaluate_masks(args: argparse.Namespace, folders: dict[str, Path | None]) ->
     for name, folder in folders.items():
         network, about = load_segmenter(Path(name))
         data, part = _read(args, name, about)
-        if images not in (None, data.parts[part].images):
-            raise UserError(f"The runs held out different parts of {args.data}: name --seed and --val-fraction.")
-        images = data.parts[part].images
+        images = check_same(args, images, data.parts[part].images)
         rows.append(_evaluate(args, name, network.to(torch.device(args.device)), about, data, part, folder))
     return rows
 
 
 def _read(args: argparse.Namespace, name: str, about: Segmenter) -> tuple[MaskData, str]:
     """The images and masks to evaluate on, read as the run read its own, and the part of them."""
-    path = next((p / "config.yaml" for p in (Path(name), Path(name).parent) if (p / "config.yaml").is_file()), None)
-    run = {} if path is None else yaml.safe_load(path.read_text())
-    own = bool(run.get("data")) and Path(run["data"]).resolve() == args.data.resolve()
+    run = settings_of_run(Path(name))
+    own = is_own_data(args, run)
     given = {key: run.get(key) for key in _READING} if own else {}
-    given |= {key: getattr(args, key) for key in ("classes", "mask_values") if getattr(args, key) is not None}
+    given |= asked(args, ("classes", "mask_values"))
     given["reduce_zero_label"] = bool(args.reduce_zero_label or given.get("reduce_zero_label"))
-    held_out = dict(val_fraction=run.get("val_fraction", 0.1), seed=run.get("seed", 0)) if own else {}
-    held_out |= {key: getattr(args, key) for key in ("val_fraction", "seed") if getattr(args, key) is not None}
     # Of one folder without parts: what the run held out, or of other data all.
-    held_out.setdefault("val_fraction", None)
+    held = held_out(args, run) if own else dict(val_fraction=None) | asked(args, ("val_fraction", "seed"))
     data = read_mask_data(
-        args.data, **held_out, **given, names=about.classes, allow_empty=True, skip_unreadable=args.skip_unreadable
+        args.data, **held, **given, names=about.classes, allow_empty=True, skip_unreadable=args.skip_unreadable
     )
     part = args.split or "val"
     if part not in data.parts:
