@@ -18,8 +18,8 @@ it.
 Of a detector, a run's folder that `train --task detect` wrote, too: detections.json holds what is found as COCO's
 results, with the category ids of the training data and masks as run lengths; images.json says which image has which id;
 objects.csv has a row for each object, pictures/ shows them. --image-ids annotations.json takes the images' ids from
-COCO's JSON, by file_name. Pictures and objects.csv hold scores from 0.5 on, detections.json all that the detector finds,
-as average precision needs it; --threshold is one least score for all of them. --tile joins what a seam cuts.
+COCO's JSON, by file_name. Pictures and objects.csv hold scores from 0.5 on, detections.json all that the detector
+finds, as average precision needs it; --threshold is one least score for all of them. --tile joins what a seam cuts.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--output",
         type=Path,
-        help="file to write; by default standard output. of others a folder, segmented/ or detected/",
+        help="file to write; by default standard output. Of others a folder, segmented/ or detected/",
     )
     add("--sort-into", type=Path, metavar="DIR", help="copy each image into a folder of its class")
     add("--min-probability", type=probability, default=0.0, help="with --sort-into: less sure ones go into DIR/_unsure")

@@ -86,34 +86,61 @@ def _corners_and_sides(found: Detections) -> list[list[float]]:
 
 def picture_jpeg(image: Tensor, found: Detections, config: DetectorConfig) -> bytes:
     """The image [C, H, W] with boxes, masks, names and scores on it; at most 2048 px wide or high."""
-    size = tuple(image.shape[1:])
-    shown, factor = image, min(1.0, _SHOWN / max(size))
-    if factor < 1:
-        shown = functional.resize(image, list(fitted(size, None, factor)), antialias=True)
-    picture = to_picture(shown)
-    ratios = np.array(picture.shape[1::-1]) / size[::-1]
-    letters = max(11, min(picture.shape[:2]) // _LETTERS)
-    drawn = draw_objects(
-        picture,
-        found.boxes * np.tile(ratios, 2).astype(np.float32),
-        found.labels,
-        [tuple(colour) for colour in config.colours],
-        config.classes,
-        masks=None if found.codes is None else MasksAt(found, picture.shape[:2]),
-        scores=found.scores,
-        longest=None,
-        letters=letters,
-    )
+    masks = None if found.codes is None else InstanceMasks(Outlines.of(found.codes), found.size)
+    drawn = draw_on(image, found.boxes, found.labels, config, masks=masks, scores=found.scores)
     buffer = io.BytesIO()
     Image.fromarray(drawn).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
 
 
-class MasksAt(Sequence):
-    """Masks of an image's objects on a picture of it of another size (height, width), made one at a time."""
+def draw_on(
+    image: Tensor,
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    config: DetectorConfig,
+    *,
+    masks: InstanceMasks | None,
+    scores: np.ndarray | None = None,
+    crowd: np.ndarray | None = None,
+    longest: int = _SHOWN,
+) -> np.ndarray:
+    """[H, W, 3] uint8: an image with objects on it, at most `longest` px wide or high.
 
-    def __init__(self, found: Detections, size: tuple[int, int]):
-        self.masks = InstanceMasks(Outlines.of(found.codes), found.size).resized(*size)
+    Args:
+        image: [C, H, W] as it was read.
+        boxes: [N, 4], (x1, y1, x2, y2) px of the image.
+        labels: [N] indices of classes.
+        config: Names the classes and their colours.
+        masks: Of the objects, on the image.
+        scores: [N]; None for the truth.
+        crowd: [N] bool; None for none.
+        longest: See above.
+    """
+    size = tuple(image.shape[1:])
+    if (factor := longest / max(size)) < 1:
+        image = functional.resize(image, list(fitted(size, None, factor)), antialias=True)
+    picture = to_picture(image)
+    height, width = picture.shape[:2]
+    ratios = np.array([width / size[1], height / size[0]] * 2, np.float32)
+    return draw_objects(
+        picture,
+        boxes * ratios,
+        labels,
+        [tuple(colour) for colour in config.colours],
+        config.classes,
+        masks=None if masks is None else MasksAt(masks.resized(height, width)),
+        crowd=crowd,
+        scores=scores,
+        longest=None,
+        letters=max(11, min(height, width) // _LETTERS),
+    )
+
+
+class MasksAt(Sequence):
+    """Masks [H, W] of an image's objects, made one at a time."""
+
+    def __init__(self, masks: InstanceMasks):
+        self.masks = masks
 
     def __len__(self) -> int:
         return len(self.masks)
