@@ -178,10 +178,10 @@ def patch_code(patches: Sequence[_Patch], size: tuple[int, int]) -> bytes:
     columns = np.pad(canvas.pixels.T.astype(np.int8), ((0, 0), (1, 1)))
     steps = np.diff(columns, axis=1)
     starts, ends = ((left + c) * size[0] + top + r for c, r in (np.nonzero(steps == 1), np.nonzero(steps == -1)))
-    apart = starts[1:] != ends[:-1]  # of columns that are full from top to bottom, runs go on
-    starts, ends = starts[np.r_[True, apart]], ends[np.r_[apart, True]]
     if not len(starts):
         return compress([size[0] * size[1]])
+    apart = starts[1:] != ends[:-1]  # of columns that are full from top to bottom, runs go on
+    starts, ends = starts[np.r_[True, apart]], ends[np.r_[apart, True]]
     edges = np.stack([starts, ends], axis=1).ravel()
     runs = np.diff(np.r_[0, edges, size[0] * size[1]])
     return compress(runs[:-1] if runs[-1] == 0 else runs)
