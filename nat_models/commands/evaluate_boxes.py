@@ -142,7 +142,8 @@ def _evaluate(
             def write(file: str, content: str | bytes) -> None:
                 write_atomically(folder / file, content)
 
-            write("metrics.json", json.dumps(told, indent=2))
+            known = {key: None if isinstance(x, float) and math.isnan(x) else x for key, x in told.items()}
+            write("metrics.json", json.dumps(known, indent=2))  # JSON has no word for what is not known
             write("per_class.csv", table(per_class))
             write("curves.csv", csv_text([CURVE_FIELDS, *curve_rows(details, config.classes)]))
             write("curves.png", curves_png(details, config.classes, confusion.matrix.sum(axis=1)[:-1]))
