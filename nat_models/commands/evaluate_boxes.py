@@ -190,11 +190,10 @@ def _as_tensors(found: Detections, masks: bool) -> dict:
 
 def _shown(rows: list[dict], masks: bool, threshold: float) -> Table:
     kinds = ("box", "mask") if masks else ("box",)
-    keys = [f"{kind}_{figure}" for kind in kinds for figure in ("ap", "ap50")]
-    shown = Table("class", *keys, "objects", f"precision from {threshold:g} on", "recall", "best F1", "from")
+    keys = [*(f"{kind}_ap" for kind in kinds), "true", "precision", "recall", "best_f1", "score_of_best_f1"]
+    titles = [*(f"{kind} AP" for kind in kinds), "objects", "precision", "recall", "best F1", "its score"]
+    shown = Table("class", *titles, caption=f"precision and recall are of objects of a score from {threshold:g} on")
     for row in rows:
-        numbers = [*(row[key] for key in keys), row["precision"], row["recall"], row["best_f1"]]
-        said = ["-" if math.isnan(x) else f"{x:.2f}" for x in numbers]
-        score = "-" if math.isnan(row["score_of_best_f1"]) else f"{row['score_of_best_f1']:.2f}"
-        shown.add_row(row["class"], *said[: len(keys)], f"{row['true']:,}", *said[len(keys) :], score)
+        said = [f"{x:,}" if isinstance(x, int) else "-" if math.isnan(x) else f"{x:.2f}" for x in map(row.get, keys)]
+        shown.add_row(row["class"], *said)
     return shown

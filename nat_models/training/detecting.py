@@ -15,8 +15,7 @@ from ..networks.rcnn import BackgroundLastPredictor, Float32RPNHead, paste_masks
 from .detections import Detections
 from .detectors import DetectorConfig, load_detector
 from .models import computing
-from .outlines import encode
-from .seams import Tile, join
+from .seams import Patch, Tile, join, patch_code
 from .segmenting import check_tile, spans
 
 
@@ -61,10 +60,13 @@ def detect(network: nn.Module, images: Sequence[Tensor]) -> list[dict]:
 def codes(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> list[bytes]:
     """The compressed run lengths of masks [N, 1, h, w] of boxes [N, 4] on an image of a size (height, width), pasted
     one at a time, since a hundred of a large image would take gigabytes."""
-    return [
-        encode((paste_masks(mask[None], box[None], size)[0, 0] >= 0.5).cpu().numpy())
-        for mask, box in zip(masks, boxes, strict=True)
-    ]
+    found = []
+    for mask, box in zip(masks, boxes, strict=True):
+        pasted = paste_masks(mask[None], box[None], size)[0, 0]
+        # Beyond a pixel around its box, nothing of a mask is seen.
+        left, top, right, bottom = (max(int(x), 0) for x in torch.cat([box[:2].floor() - 1, box[2:].ceil() + 1]))
+        found.append(patch_code([Patch(top, left, (pasted[top:bottom, left:right] >= 0.5).byte().cpu().numpy())], size))
+    return found
 
 
 def find(

@@ -23,20 +23,20 @@ class Tile(NamedTuple):
     found: Detections
 
 
-class _Patch(NamedTuple):
+class Patch(NamedTuple):
     """Pixels of a mask on the image: where they begin, and [h, w] of 0 and 1."""
 
     top: int
     left: int
     pixels: np.ndarray
 
-    def inside(self, box: np.ndarray) -> "_Patch":
+    def inside(self, box: np.ndarray) -> "Patch":
         """What lies in (x1, y1, x2, y2), whole numbers, on a canvas of that size."""
         x1, y1, x2, y2 = (int(x) for x in box)
         canvas = np.zeros((y2 - y1, x2 - x1), np.uint8)
-        return _Patch(y1, x1, canvas).laid(self)
+        return Patch(y1, x1, canvas).laid(self)
 
-    def laid(self, other: "_Patch") -> "_Patch":
+    def laid(self, other: "Patch") -> "Patch":
         """This canvas with another patch laid on it; what is outside is cut off."""
         (height, width), (h, w) = self.pixels.shape, other.pixels.shape
         y, x = other.top - self.top, other.left - self.left
@@ -140,10 +140,10 @@ class _Objects:
         """Of the area of box i the part that lies in box j."""
         return _area(_common(self.boxes[i], self.boxes[j])) / max(_area(self.boxes[i]), 1e-9)
 
-    def patch(self, i: int) -> _Patch:
+    def patch(self, i: int) -> Patch:
         tile = self.tiles[self.place[i]]
         top, left, pixels = patch_of(tile.found.codes[self.own[i]], *tile.found.size)
-        return _Patch(tile.top + top, tile.left + left, pixels)
+        return Patch(tile.top + top, tile.left + left, pixels)
 
     def joined(self, group: Sequence[int]) -> tuple[np.ndarray, int, float, bytes | None]:
         """Box, label, score and run lengths of objects that are one."""
@@ -163,7 +163,7 @@ def _area(box: np.ndarray) -> float:
     return float(np.clip(box[2:] - box[:2], 0, None).prod())
 
 
-def patch_code(patches: Sequence[_Patch], size: tuple[int, int]) -> bytes:
+def patch_code(patches: Sequence[Patch], size: tuple[int, int]) -> bytes:
     """The compressed run lengths of all pixels of patches, of one mask on an image of a size (height, width), which is
     never made."""
     patches = [p for p in patches if p.pixels.size]
@@ -171,7 +171,7 @@ def patch_code(patches: Sequence[_Patch], size: tuple[int, int]) -> bytes:
         return compress([size[0] * size[1]])
     top, left = min(p.top for p in patches), min(p.left for p in patches)
     bottom, right = (max(p[a] + p.pixels.shape[a] for p in patches) for a in (0, 1))
-    canvas = _Patch(top, left, np.zeros((bottom - top, right - left), np.uint8))
+    canvas = Patch(top, left, np.zeros((bottom - top, right - left), np.uint8))
     for patch in patches:
         canvas.laid(patch)
     # Columns with a pixel of background above and below, so that each run begins and ends in its own column.

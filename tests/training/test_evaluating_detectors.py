@@ -66,7 +66,7 @@ def test_the_truth_has_perfect_figures(run):
     known = ("box_ap", "box_ap50", "box_ap75", "mask_ap50", "mask_ap75")
     assert all(found[key] == pytest.approx(100) for key in known)
     assert found["mask_ap"] > 95  # the very corners of masks are not pasted
-    assert found["box_ap_small"] is None and found["images"] == 4
+    assert found["box_ap_large"] is None and found["images"] == 4
     assert {p.name for p in Path("report").iterdir()} == REPORT
     for row in rows("per_class.csv"):
         assert [float(row[key]) for key in ("precision", "recall", "best_f1")] == [100, 100, 100]
@@ -100,14 +100,16 @@ def test_predicted_results_have_the_average_precision_that_is_printed(run, ids, 
         assert 10 < expected[0] < 60 and f"{expected[0]:.2f}" in printed
 
 
-def test_classes_are_matched_by_name_whatever_their_ids(run):
+def test_classes_are_matched_by_name_whatever_their_ids(run, capsys):
     put_scenes(Path("data"), PAINTED, TRUE)
     put_scenes(Path("other"), PAINTED, TRUE, ids={"red": 1, "green": 90})
-    figures = []
+    printed = []
     for data in ("data", "other"):
-        assert main(["evaluate", "--model", "run", "--data", data, "--output", "report"]) == 0
-        figures.append({key: x for key, x in told().items() if key.startswith(("box", "mask"))})
-    assert figures[0] == figures[1] and figures[0]["box_ap"] > 10
+        assert main(["evaluate", "--model", "run", "--data", data]) == 0
+        cells = [[x.strip() for x in line.split("│")] for line in capsys.readouterr().out.splitlines()]
+        printed.append([x for x in cells if x[1:2] and x[1].startswith(("box", "mask", "green", "red"))])
+    assert printed[0] == printed[1] and len(printed[0]) == 16
+    assert float(dict(x[1:3] for x in printed[0])["box_ap"]) > 10
 
 
 def test_what_is_confused_missed_and_invented_is_told(run):
@@ -237,15 +239,17 @@ def test_boxes_alone_are_measured_where_there_are_no_outlines(run):
     assert told()["box_ap"] == pytest.approx(100) and "mask_ap" not in told()
 
 
-def test_tiles_are_measured_with_all_that_they_find(run):
+def test_tiles_are_measured_with_all_that_they_find(run, capsys):
     """Each tile gives at most as many objects as the network does; the image may have more."""
     count = 120
     grid = [("red", (x, y, x + 3, y + 3), 255) for y in range(2, 90, 8) for x in range(2, 120, 10)][:count]
     put_scenes(Path("data"), {"a.png": grid})
     assert main(["evaluate", "--model", "run", "--data", "data", "--output", "report", "--tile", "128"]) == 0
     assert told()["box_ap"] == pytest.approx(100) and (told()["max_dets"], told()["tile"]) == (count, 128)
-    assert main(["evaluate", "--model", "run", "--data", "data", "--output", "report"]) == 0
-    assert told()["box_ar"] == pytest.approx(100 * 10 / count) and told()["max_dets"] == 10
+    capsys.readouterr()
+    assert main(["evaluate", "--model", "run", "--data", "data"]) == 0
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if "box_ar" in x)
+    assert f"{100 * 10 / count:.2f}" in line
 
 
 def test_nothing_found_is_a_report_of_zeros(run):
@@ -287,10 +291,12 @@ def test_unreadable_images_are_left_out_on_request(run, capsys):
     argv = ["evaluate", "--model", "run", "--data", "data", "--output", "report", "--skip-unreadable"]
     assert main(argv) == 0
     assert told()["images"] == 3 and "left out: 1 of 4 images" in capsys.readouterr().out
-    pixels = Path("data/images/b.png").read_bytes()
-    Path("data/images/b.png").write_bytes(pixels[:-40])  # its header can be read
+    Image.open("data/images/b.png").save("whole.jpg")
+    cut_off = Path("whole.jpg").read_bytes()[:-300]  # its header can be read
+    Path("data/images/b.png").write_bytes(cut_off)
     assert main(argv) == 0
     assert told()["images"] == 2 and told()["unreadable"] == 1
+    assert main(argv[:-1]) == 2
 
 
 @pytest.mark.parametrize("flags", [["--threshold", "0.4"], ["--skip-bad-annotations"], ["--no-masks"]])

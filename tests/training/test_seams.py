@@ -7,10 +7,11 @@ from faster_coco_eval.core import mask as coco
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from nat_models.errors import UserError
-from nat_models.training.detecting import find
+from nat_models.networks.rcnn import paste_masks
+from nat_models.training.detecting import codes, find
 from nat_models.training.detections import Detections
-from nat_models.training.outlines import decode_runs
-from nat_models.training.seams import Tile, _Patch, join, patch_code
+from nat_models.training.outlines import decode_runs, encode
+from nat_models.training.seams import Patch, Tile, join, patch_code
 from nat_models.training.segmenting import spans
 from tests.training.bright import CONFIG, Brightness, paint
 
@@ -154,10 +155,19 @@ def test_run_lengths_of_patches_are_those_of_the_pasted_mask(seed):
         top, left = int(rng.integers(0, size[0] - height + 1)), int(rng.integers(0, size[1] - width + 1))
         pixels = (rng.random((height, width)) < (1.0, 0.5, 0.9, 0.0)[(seed // 3) % 4]).astype(np.uint8)
         canvas[top : top + height, left : left + width] |= pixels
-        patches.append(_Patch(top, left, pixels))
+        patches.append(Patch(top, left, pixels))
     expected = coco.encode(np.asfortranarray(canvas))["counts"]
     assert patch_code(patches, size) == expected
 
 
 def test_no_patch_is_an_empty_mask():
     assert decode_runs(patch_code([], (5, 7)), 5).tolist() == np.zeros((5, 7)).tolist()
+
+
+def test_run_lengths_of_boxes_are_those_of_their_pasted_masks():
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.rand(6, 1, 28, 28, generator=generator)
+    boxes = [[3.2, 4.7, 30.1, 20.9], [-5, -9, 12, 8], [20, 10, 60, 50], [-9, 3, -4, 9], [50, 60, 70, 80], [4, 4, 4, 9]]
+    pasted = paste_masks(masks, torch.tensor(boxes), (40, 50))[:, 0] >= 0.5
+    assert codes(masks, torch.tensor(boxes), (40, 50)) == [encode(mask.numpy()) for mask in pasted]
+    assert pasted.any((1, 2)).tolist() == [True, True, True, False, False, False]
