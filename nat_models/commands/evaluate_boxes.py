@@ -145,8 +145,9 @@ def _evaluate(
             known = {key: None if isinstance(x, float) and math.isnan(x) else x for key, x in told.items()}
             write("metrics.json", json.dumps(known, indent=2))  # JSON has no word for what is not known
             write("per_class.csv", table(per_class))
-            write("curves.csv", csv_text([CURVE_FIELDS, *curve_rows(details, config.classes)]))
-            write("curves.png", curves_png(details, config.classes, confusion.matrix.sum(axis=1)[:-1]))
+            true = confusion.matrix.sum(axis=1)[:-1]
+            write("curves.csv", csv_text([CURVE_FIELDS, *curve_rows(details, config.classes, true)]))
+            write("curves.png", curves_png(details, config.classes, true))
             names = [*config.classes, BACKGROUND]
             counts = zip(names, confusion.matrix.tolist(), strict=True)
             write("confusion.csv", csv_text([["true", *names], *([name, *row] for name, row in counts)]))

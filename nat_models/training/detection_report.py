@@ -115,10 +115,10 @@ def _common(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 class Curve(NamedTuple):
-    """Of a class at IoU 0.5, for recalls 0, 0.01, ... as far as they are reached.
+    """Of a class at IoU 0.5, where recall first reaches 0, 0.01, ... as far as it does.
 
     Attributes:
-        recall: [n].
+        recall: [n]: whole objects of those that are true.
         precision: [n]: the best at that recall or a greater one, as COCO has it.
         score: [n]: from which on that recall is reached.
     """
@@ -145,11 +145,13 @@ class Curve(NamedTuple):
         return float(self.f1[place]), float(self.score[place])
 
 
-def curve_of(precisions: Precisions, label: int) -> Curve:
-    """The curve of a class; of one that has no true object, or of which none was found, it is empty."""
+def curve_of(precisions: Precisions, label: int, true: int) -> Curve:
+    """The curve of a class that has so many true objects; where there is none, or none was found, it is empty."""
     precision, score = precisions.precision[0, :, label], precisions.scores[0, :, label]
-    reached = precision > 0
-    return Curve(np.linspace(0, 1, len(precision))[reached], precision[reached], score[reached])
+    reached, steps = precision > 0, np.linspace(0, 1, len(precision))
+    # COCO keeps the steps; recall grows by whole objects, and the one that reaches a step may lead beyond it.
+    recall = np.ceil(steps * true - 1e-9) / max(true, 1)
+    return Curve(recall[reached], precision[reached], score[reached])
 
 
 def class_rows(details: Mapping[str, Precisions], confusion: Confusion, config: DetectorConfig) -> list[dict]:
@@ -160,7 +162,7 @@ def class_rows(details: Mapping[str, Precisions], confusion: Confusion, config: 
         row = {"class": name, "category_id": number}
         for kind, found in details.items():
             row |= {f"{kind}_ap": found.per_class[label], f"{kind}_ap50": _percent(found.precision[0, :, label])}
-        f1, score = curve_of(details["box"], label).best()
+        f1, score = curve_of(details["box"], label, int(confusion.matrix[label].sum())).best()
         rows.append(row | confusion.figures(label) | dict(best_f1=100 * f1, score_of_best_f1=score))
     return rows
 
@@ -170,12 +172,12 @@ def _percent(precision: np.ndarray) -> float:
     return 100 * float(known.mean()) if known.size else float("nan")
 
 
-def curve_rows(details: Mapping[str, Precisions], names: Sequence[str]) -> list[list]:
-    """The points of all curves, in the order of CURVE_FIELDS."""
+def curve_rows(details: Mapping[str, Precisions], names: Sequence[str], counts: np.ndarray) -> list[list]:
+    """The points of all curves, in the order of CURVE_FIELDS; see curves_png."""
     rows = []
     for kind, found in details.items():
         for label, name in enumerate(names):
-            curve = curve_of(found, label)
+            curve = curve_of(found, label, int(counts[label]))
             points = zip(curve.recall, curve.precision, curve.f1, curve.score, strict=True)
             rows += [[kind, name, *(round(float(x), 4) for x in point)] for point in points]
     return rows
@@ -196,9 +198,16 @@ def curves_png(details: Mapping[str, Precisions], names: Sequence[str], counts: 
         details.items(), figure.subplots(len(details), 2, squeeze=False), strict=True
     ):
         for label in shown:
-            curve = curve_of(found, label)
-            (line,) = left.plot(curve.recall, curve.precision, label=names[label])
-            right.plot(*curve.over_score(), color=line.get_color(), label=names[label], drawstyle="steps-pre")
+            curve = curve_of(found, label, int(counts[label]))
+            (line,) = left.plot(curve.recall, curve.precision, label=names[label], marker=".", markersize=3)
+            right.plot(
+                *curve.over_score(),
+                color=line.get_color(),
+                label=names[label],
+                drawstyle="steps-pre",
+                marker=".",
+                markersize=3,
+            )
         left.set(xlabel="recall", ylabel="precision", title=f"{kind}: precision and recall")
         right.set(xlabel="score from which objects count", ylabel="F1", title=f"{kind}: F1")
         for axes in (left, right):

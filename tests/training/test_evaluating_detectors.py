@@ -129,6 +129,7 @@ def test_what_is_confused_missed_and_invented_is_told(run):
         "images/b.png,0,1",
     ]
     green, red = rows("per_class.csv")
+    assert float(red["best_f1"]) == pytest.approx(50) and float(red["score_of_best_f1"]) == 1  # 1 of 1, and of 3
     assert [float(green[key]) for key in ("true", "found", "right", "precision", "recall")] == [2, 4, 2, 50, 100]
     assert [float(red[key]) for key in ("true", "found", "right", "precision")] == [3, 1, 1, 100]
     assert main(["evaluate", "--model", "run", "--data", "data", "--output", "report", "--threshold", "0.3"]) == 0
@@ -181,17 +182,19 @@ def test_curves_are_those_of_the_ranked_objects():
     target = dict(boxes=true, labels=labels, iscrowd=none, area=torch.full((4,), 100.0), image_id=1)
     metrics.update([dict(boxes=found, labels=labels, scores=scores)], [target])
     details = metrics.details()
-    curve = curve_of(details["box"], 0)
-    assert curve.recall[-1] == pytest.approx(0.75) and len(curve.recall) == 76
-    at = {round(r, 2): (p, s) for r, p, s in zip(*curve, strict=True)}
-    assert at[0.25] == pytest.approx((1, 0.9)) and at[0.26] == pytest.approx((0.75, 0.7))
+    curve = curve_of(details["box"], 0, 4)
+    assert len(curve.recall) == 76 and set(curve.recall.tolist()) == {0, 0.25, 0.5, 0.75}
+    at = dict(zip(curve.recall.tolist(), zip(curve.precision, curve.score, strict=True), strict=True))
+    assert at[0.25] == pytest.approx((1, 0.9)) and at[0.5] == pytest.approx((0.75, 0.7))
     assert at[0.75] == pytest.approx((0.75, 0.6))
     levels, f1 = curve.over_score()
     assert levels.tolist() == pytest.approx([0.6, 0.7, 0.9])
     assert f1.tolist() == pytest.approx([0.75, 0.6, 0.4])  # 2 * 0.75 * 0.5 / 1.25; 2 * 1 * 0.25 / 1.25
     assert curve.best() == pytest.approx((0.75, 0.6))
-    assert len(curve_of(details["box"], 1).recall) == 0
-    first, second = class_rows(details, Confusion(2, 0.5), config)
+    assert len(curve_of(details["box"], 1, 0).recall) == 0
+    confusion = Confusion(2, 0.5)
+    confusion.matrix[0, 0] = 4
+    first, second = class_rows(details, confusion, config)
     assert first["best_f1"] == pytest.approx(75) and np.isnan(second["best_f1"]) and np.isnan(second["box_ap"])
     assert np.isnan(Curve(*(np.zeros(0),) * 3).best()[0])
 
