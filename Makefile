@@ -11,7 +11,7 @@ PYTHON_NEWEST ?= $(PYTHON)
 PROGRAMS := training commands scripts test_cli.py test_export.py test_docs.py
 CORE_TESTS := -m "not slow" $(PROGRAMS:%=--ignore=tests/%)
 
-.PHONY: demo demo-segment test test-slow test-timm test-sanitize test-oldest test-newest mutate lint bench clean
+.PHONY: demo demo-segment demo-detect test test-slow test-timm test-sanitize test-oldest test-newest mutate lint bench clean
 
 # One stamp per set of extras, redone when pyproject.toml or the kernel changes.
 $(VENV)/.installed-%: pyproject.toml $(wildcard nat_models/ops/csrc/*)
@@ -25,6 +25,9 @@ demo: $(VENV)/.installed-demo
 
 demo-segment: $(VENV)/.installed-demo
 	$(BIN)/python -m scripts.demo_segment
+
+demo-detect: $(VENV)/.installed-demo
+	$(BIN)/python -m scripts.demo_detect
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadgroup

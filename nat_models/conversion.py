@@ -12,7 +12,7 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from .checkpoints import convert_state_dict, detect_layout, find_network, fit_state_dict, read_checkpoint
-from .checkpoints.files import sha256_of
+from .checkpoints.files import read_config, sha256_of
 from .checkpoints.saving import (
     network_arguments,
     save_config,
@@ -58,10 +58,7 @@ def describe(checkpoint: Path) -> Described | None:
     path = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "config.json"
     if not path.is_file():
         return None
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as e:
-        raise UserError(f"{path} cannot be read: {e}") from None
+    config = read_config(path)
     if "architecture" in config:
         arguments = dict(config.get("model_args", {}))
         return Described(config["architecture"], arguments, config.get("label_names"), config.get("problem_type"))
@@ -208,7 +205,7 @@ def _in_transformers(folder: Path) -> Callable[[Tensor], Tensor | tuple[Tensor, 
         from .integrations import hf_transformers
     except ModuleNotFoundError as e:
         raise UserError(f"The check of transformers' form needs transformers: {e}") from None
-    (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
+    (architecture,) = read_config(folder / "config.json")["architectures"]
     model = getattr(hf_transformers, architecture).from_pretrained(folder).eval()
 
     def run(image: Tensor) -> Tensor | tuple[Tensor, ...]:

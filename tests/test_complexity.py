@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nat_models import NeighborhoodAttention1d, na2d
 from nat_models.cli import main
 from nat_models.complexity import count, fvcore_handles, tell_counters
+from nat_models.networks import cascade_rcnn, mask_rcnn
 from nat_models.networks.upernet import PUBLISHED, upernet
 from nat_models.ops import use_backend
 from tests.ops.conftest import make_inputs
@@ -108,12 +109,63 @@ def _rows(printed: str) -> dict[str, list[str]]:
     return rows
 
 
-def test_the_systems_of_the_papers_cost_what_the_papers_print(capsys):
-    assert main(["complexity", "upernet"]) == 0
+MASK_RCNNS = {
+    "nat_mini": (40, 225),
+    "nat_tiny": (48, 258),
+    "nat_small": (70, 330),
+    "dinat_mini": (40, 225),
+    "dinat_tiny": (48, 258),
+    "dinat_small": (70, 330),
+    "dinat_s_tiny": (48, 263),
+    "dinat_s_small": (69, 350),
+}
+CASCADES = {
+    "nat_mini": (77, 704),
+    "nat_tiny": (85, 737),
+    "nat_small": (108, 809),
+    "nat_base": (147, 931),
+    "dinat_mini": (77, 704),
+    "dinat_tiny": (85, 737),
+    "dinat_small": (108, 809),
+    "dinat_base": (147, 931),
+    "dinat_large": (258, 1276),
+    "dinat_s_tiny": (86, 742),
+    "dinat_s_small": (107, 829),
+    "dinat_s_base": (145, 966),
+    "dinat_s_large": (253, 1357),
+}
+
+
+@pytest.mark.parametrize(
+    ("system", "figures", "published"),
+    [
+        ("upernet", SYSTEMS, PUBLISHED),
+        ("mask_rcnn", MASK_RCNNS, mask_rcnn.PUBLISHED),
+        ("cascade_mask_rcnn", CASCADES, cascade_rcnn.PUBLISHED),
+    ],
+)
+def test_the_systems_of_the_papers_cost_what_the_papers_print(system, figures, published, capsys):
+    assert main(["complexity", system]) == 0
     rows = _rows(capsys.readouterr().out)
     found = {name: (round(float(row[3])), round(float(row[4]))) for name, row in rows.items()}
-    assert found == {f"upernet {name}": figures for name, figures in SYSTEMS.items()}
-    assert set(SYSTEMS) == set(PUBLISHED)
+    assert found == {f"{system} {name}": each for name, each in figures.items()}
+    assert set(figures) == set(published)
+
+
+def test_a_detector_costs_what_its_parts_do(capsys):
+    """Per pixel of the pyramid, per RoI and per mask, not per box that an image happens to have."""
+    names = ["complexity", "mask_rcnn", "nat_mini", "--img-size", "64", "128"]
+    assert main([*names, "--model-kwargs", "masks=False", "in_chans=1"]) == 0
+    ((height, _, width, parameters, _, macs),) = _rows(capsys.readouterr().out).values()
+    model = mask_rcnn.mask_rcnn("nat_mini", masks=False, in_chans=1).eval()
+    assert (height, width) == ("64", "128")
+    assert float(parameters) == round(sum(p.numel() for p in model.parameters()) / 1e6, 3)
+    heads = 1000 * (256 * 49 * 1024 + 1024 * 1024 + 1024 * (81 + 320))
+    pixels = [h * w for h, w in ((16, 32), (8, 16), (4, 8), (2, 4), (1, 2))]
+    pyramid = sum(n * 256 * (c + 9 * 256) for n, c in zip(pixels[:4], (64, 128, 256, 512), strict=True))
+    proposals = sum(pixels) * 256 * (9 * 256 + 3 + 12)
+    body = _macs(model.backbone.body, torch.zeros(1, 1, 64, 128))
+    assert float(macs) == pytest.approx((body + pyramid + proposals + heads) / 1e9, abs=0.005)
 
 
 def test_any_network_at_any_size(capsys):
@@ -157,6 +209,9 @@ def test_counting_needs_no_extra():
     [
         (["upernet", "nat_tny"], "Unknown backbone 'nat_tny', near to nat_tiny"),
         (["upernet", "nat_isotropic_small"], "maps at strides"),
+        (["mask_rcnn", "nat_tny"], "Unknown backbone 'nat_tny', near to nat_tiny"),
+        (["cascade_mask_rcnn", "nat_tiny", "--channels", "8"], "--channels is of UPerNet's head"),
+        (["mask_rcnn", "nat_tiny", "--model-kwargs", "mask=False"], "unexpected keyword argument 'mask'"),
         (["nat_tiny", "--img-size", "1", "2", "3"], "--img-size takes a height and a width, got 3 numbers."),
         (["nat_tny"], "Unknown model 'nat_tny'"),
     ],

@@ -41,6 +41,7 @@ PAGES = {
     "docs/segmentation_data.md": 1,
     "docs/detection_data.md": 1,
     "docs/segmentation.md": 5,
+    "docs/detection.md": 3,
     "docs/imbalance.md": 1,
     "docs/scaling.md": 0,
     "docs/fashion_mnist.md": 0,
@@ -108,6 +109,7 @@ LOCAL = (
     "docs/detection_data.md",
     "docs/imbalance.md",
     "docs/segmentation.md",
+    "docs/detection.md",
 )
 # Their runs begin at random weights: a recipe would ask for the published ones.
 SHORT = ["--warmup-epochs", "0", "--workers", "0", "--batch-size", "4", "--val-fraction", "0.4"]

@@ -25,7 +25,7 @@ SHALLOW = dict(depths=(1, 1, 2, 1))  # a block more of a kind says nothing new o
 @pytest.fixture
 def saved(tmp_path, network):
     """A small network of ours in a folder, as train.py leaves one."""
-    model = network("nat_mini", embed_dim=32, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 4), kernel_size=7, num_classes=3)
+    model = network("nat_mini", embed_dim=64, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 4), kernel_size=7, num_classes=3)
     save_for_hf(model, tmp_path / "model", safe_serialization=True, model_config=dict(label_names=["a", "b", "c"]))
     return model
 

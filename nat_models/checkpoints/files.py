@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UserError
 
 # What transformers, accelerate and timm write into a folder; an index names the files that share the tensors.
 _IN_FOLDER = (
@@ -62,6 +62,19 @@ def sha256_of(path: str | Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def read_config(path: Path) -> dict:
+    """What a config.json beside weights holds; nothing where it holds something else than keys and values.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read: {e}") from None
+    return config if isinstance(config, dict) else {}
 
 
 def holds_weights(folder: str | Path) -> bool:

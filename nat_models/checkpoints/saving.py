@@ -1,5 +1,6 @@
 """Folders of weights for others: a configuration and safetensors, in timm's form and in transformers'."""
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,18 +66,26 @@ def save_config(network: nn.Module, folder: Path, *, model_config: Mapping, data
     path.write_text(json.dumps(written, indent=2))
 
 
+def imagenet_of(model: nn.Module) -> ImageNetInfo | None:
+    """The set of ImageNet with as many classes as the model; None where there is none, or timm has not its names."""
+    subset = infer_imagenet_subset(model)
+    with contextlib.suppress(AssertionError):  # timm knows the number of some sets alone
+        return None if subset is None else ImageNetInfo(subset)
+    return None
+
+
 def label_names(model: nn.Module) -> list[str]:
     """The checkpoint's class names, else ImageNet's where the number of classes says so, else none."""
     names = model.pretrained_cfg.get("label_names")
-    if names is None and (subset := infer_imagenet_subset(model)) is not None:
-        names = ImageNetInfo(subset).label_descriptions()
+    if names is None and (imagenet := imagenet_of(model)) is not None:
+        names = imagenet.label_descriptions()
     return list(names) if names is not None and len(names) == model.num_classes else []
 
 
 def synsets(model: nn.Module) -> list[str]:
     """Classes of a network that names none: ImageNet's where their number says so, else numbers as transformers'."""
-    if (subset := infer_imagenet_subset(model)) is not None:
-        return list(ImageNetInfo(subset).label_names())
+    if (imagenet := imagenet_of(model)) is not None:
+        return list(imagenet.label_names())
     return [f"LABEL_{i}" for i in range(model.num_classes)]
 
 

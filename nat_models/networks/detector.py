@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.ops import FeaturePyramidNetwork
@@ -28,8 +29,9 @@ class DetectorSettings:
         min_size: Images are resized so that their short side is this many pixels. Of several, training draws one for
             each image, and a test has the last.
         max_size: And so that their long side is at most this many.
-        image_mean: Subtracted from each channel of an image whose values are 0 to 1.
-        image_std: Each channel is then divided by it.
+        image_mean: Subtracted from each channel of an image whose values are 0 to 1; None means ImageNet's, of another
+            number of channels than 3 their average.
+        image_std: Each channel is then divided by it; None as for image_mean.
         resize_in_training: Resize in training too; False for images that were resized already.
         anchor_sizes: Square roots of the anchors' areas at strides 4, 8, 16, 32 and 64, px.
         aspect_ratios: Of anchors, height / width.
@@ -52,8 +54,8 @@ class DetectorSettings:
 
     min_size: int | Sequence[int] = 800
     max_size: int = 1333
-    image_mean: Sequence[float] = (0.485, 0.456, 0.406)
-    image_std: Sequence[float] = (0.229, 0.224, 0.225)
+    image_mean: Sequence[float] | None = None
+    image_std: Sequence[float] | None = None
     resize_in_training: bool = True
     anchor_sizes: Sequence[float | Sequence[float]] = (32, 64, 128, 256, 512)
     aspect_ratios: Sequence[float] = (0.5, 1.0, 2.0)
@@ -78,6 +80,22 @@ class DetectorSettings:
     def taken_from(self, kwargs: dict) -> "DetectorSettings":
         """These settings with those among `kwargs`, which are taken out of it."""
         return replace(self, **{f.name: kwargs.pop(f.name) for f in fields(self) if f.name in kwargs})
+
+    def normalisation(self, in_chans: int) -> tuple[Sequence[float], Sequence[float]]:
+        """image_mean and image_std of a backbone.
+
+        Raises:
+            ValueError: They are not of in_chans channels.
+        """
+        found = []
+        for name, usual in (("image_mean", IMAGENET_DEFAULT_MEAN), ("image_std", IMAGENET_DEFAULT_STD)):
+            given = getattr(self, name)
+            if given is None:
+                given = usual if in_chans == len(usual) else (sum(usual) / len(usual),) * in_chans
+            if len(given) != in_chans:
+                raise ValueError(f"{name} is for {in_chans} channels, got {given}.")
+            found.append(given)
+        return tuple(found)
 
     def box_thresholds(self, stages: int) -> list[tuple[float, float]]:
         """For each stage, from which IoU a proposal is a positive and below which it is a negative.
@@ -161,9 +179,6 @@ class Detector(GeneralizedRCNN):
         s, num_classes = settings, stages[0].num_classes
         if coco_labels and num_classes != len(COCO_IDS):
             raise ValueError(f"coco_labels are those of COCO's {len(COCO_IDS)} classes, got {num_classes=}.")
-        for name in ("image_mean", "image_std"):
-            if len(getattr(s, name)) != backbone.in_chans:
-                raise ValueError(f"{name} is for {backbone.in_chans} channels, got {getattr(s, name)}.")
         if len(s.anchor_sizes) != 5:
             raise ValueError(f"anchor_sizes has an entry for each of 5 strides, got {s.anchor_sizes}.")
         sizes = [size if isinstance(size, Sequence) else (size,) for size in s.anchor_sizes]
@@ -190,7 +205,8 @@ class Detector(GeneralizedRCNN):
             nms_thresh=s.box_nms_thresh,
             detections_per_img=s.box_detections_per_img,
         )
-        transform = DetectionTransform(s.min_size, s.max_size, s.image_mean, s.image_std, s.resize_in_training)
+        normalisation = s.normalisation(backbone.in_chans)
+        transform = DetectionTransform(s.min_size, s.max_size, *normalisation, s.resize_in_training)
         super().__init__(PyramidBackbone(backbone), rpn, roi_heads, transform)
         self.num_classes = num_classes
         ids = torch.tensor(COCO_IDS) if coco_labels else torch.arange(num_classes)

@@ -238,12 +238,13 @@ class AlignedRoIPool(nn.Module):
     def forward(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
         """Maps [B, C, H, W] at strides 4 to 32 and boxes [N, 4] of each image -> [sum of N, C, size, size]."""
         of_image = [torch.full_like(each[:, :1], i) for i, each in enumerate(boxes)]
-        rois = torch.cat([torch.cat(of_image), torch.cat(list(boxes))], 1).to(maps[0].dtype)
+        rois = torch.cat([torch.cat(of_image), torch.cat(list(boxes))], 1)
         levels = self.levels_of(torch.cat(list(boxes)))
         out = maps[0].new_zeros(len(rois), maps[0].shape[1], self.size, self.size)
         for level, (x, stride) in enumerate(zip(maps, STRIDES, strict=False)):
             (index,) = torch.where(levels == level)
-            cut = roi_align(x, rois[index], self.size, 1 / stride, sampling_ratio=-1, aligned=True)
+            x = at_least_float32(x)  # not the boxes in the maps' 16 bits
+            cut = roi_align(x, rois[index].to(x.dtype), self.size, 1 / stride, sampling_ratio=-1, aligned=True)
             out = out.index_copy(0, index, cut.to(out.dtype))
         return out
 
@@ -293,7 +294,7 @@ class TensorMasks:
 
     def crop(self, boxes: Tensor, indices: Tensor, size: int) -> Tensor:
         used, rows = indices.unique(return_inverse=True)
-        masks = self.masks.to(boxes.device)[used].to(boxes.dtype)
+        masks = self.masks[used.to(self.masks.device)].to(boxes)
         rois = torch.cat([rows[:, None].to(boxes.dtype), boxes], 1)
         return roi_align(masks[:, None], rois, size, sampling_ratio=-1, aligned=True)[:, 0]
 
@@ -313,6 +314,7 @@ class ResizedMasks:
         return self.masks.crop(boxes / boxes.new_tensor([*self.ratios, *self.ratios]), indices, size)
 
 
+@torch.no_grad()
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Masks of boxes on their image: at each pixel's centre, interpolated between the cells, zero outside.
 
@@ -324,7 +326,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
         size: Height and width of the image, px.
 
     Returns:
-        [N, 1, H, W] in float32.
+        [N, 1, H, W] in float32, without gradient.
     """
     height, width = size
     pasted = masks.new_zeros(len(masks), 1, height, width, dtype=torch.float32)

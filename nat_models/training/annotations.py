@@ -124,11 +124,6 @@ class AnnotatedPart:
         """[N, 2] int32: height and width of the image of each object."""
         return np.repeat(self.sizes, np.diff(self.starts), axis=0)
 
-    def with_objects(self) -> "AnnotatedPart":
-        """Of the images those that show an object; crowds are none."""
-        of_image = np.repeat(np.arange(len(self)), np.diff(self.starts))
-        return self.subset(np.flatnonzero(np.bincount(of_image[~self.crowd], minlength=len(self))))
-
     def subset(self, kept: Sequence[int]) -> "AnnotatedPart":
         """Some of the images, with what is on them: without negatives, for one."""
         objects = [i for image in kept for i in range(self.starts[image], self.starts[image + 1])]

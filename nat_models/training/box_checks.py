@@ -7,7 +7,7 @@ import numpy as np
 
 from ..errors import UserError
 from .decoding import decode
-from .mask_files import UNKNOWN, Header, read_header, turn, turn_of
+from .mask_files import UNKNOWN, Header, is_array, load_array, read_header, turn, turn_of
 from .outlines import Outline, decode_runs, encode, extent_of, patch_of, run_lengths, turn_boxes, turn_points
 from .raw_boxes import Problems, RawImage, RawObject
 
@@ -58,7 +58,7 @@ def look_at(image: RawImage, full: bool) -> Header | UserError:
     try:
         header = read_header(image.image)
         if full:
-            decode(image.image, 3)
+            load_array(image.image).sum() if is_array(image.image) else decode(image.image, 3)
         return header
     except UserError as e:
         return e

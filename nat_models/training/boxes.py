@@ -272,7 +272,7 @@ def _rectangle(box: np.ndarray) -> list[np.ndarray]:
 
 def _ids(given: Sequence[object], what: str, least: int, notes: list[str]) -> np.ndarray:
     """int64 ids, those that are given where they are whole numbers from `least` on; the others are new ones."""
-    numbers = [x if isinstance(x, int) and not isinstance(x, bool) else None for x in given]
+    numbers = [_whole(x) for x in given]
     if any(x is None and y is not None for x, y in zip(numbers, given, strict=True)):
         notes.append(f"ids of {what} are not all whole numbers: they are numbered from 1")
         return np.arange(1, len(given) + 1)
@@ -285,6 +285,13 @@ def _ids(given: Sequence[object], what: str, least: int, notes: list[str]) -> np
             number, following = following, following + 1
         result[i] = number
     return result
+
+
+def _whole(given: object) -> int | None:
+    """A number that an array of int64 can hold, None for what is none; 1.0 is 1."""
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not -(1 << 62) < given < 1 << 62:
+        return None
+    return int(given) if given == int(given) else None
 
 
 def _check_classes(data: BoxData, allow_empty: bool) -> None:

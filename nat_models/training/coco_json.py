@@ -159,7 +159,7 @@ def _add_object(
 ) -> None:
     number, image_id = entry.get("id"), entry.get("image_id")
     called = f"annotation {number} ({where})" if number is not None else f"an annotation without id ({where})"
-    keys = [key for key in ("image_id", "category_id") if not isinstance(entry.get(key), (int, str))]
+    keys = [key for key in ("image_id", "category_id") if not isinstance(entry.get(key), (int, float, str))]
     if "bbox" not in entry and not entry.get("segmentation"):
         keys.append("bbox")
     category = names.get(entry["category_id"]) if "category_id" not in keys else None
@@ -180,7 +180,7 @@ def _add_object(
             problems.add("annotation ids stand twice", called, category)
             return
         taken.add(number)
-    image, crowd = images[image_id], bool(entry.get("iscrowd", 0))
+    image, crowd = images[image_id], entry.get("iscrowd") in (1, "1")
     try:
         outline = _outline(entry.get("segmentation"), image.size)
         box = _box(entry.get("bbox"), outline is not None)
@@ -201,7 +201,10 @@ class _Wrong(Exception):
 def _numbers(values: object) -> np.ndarray:
     if not isinstance(values, list) or not set(map(type, values)) <= {int, float}:
         raise _Wrong("annotations hold what is no number", f", {str(values)[:60]}")
-    array = np.array(values, np.float64)
+    try:
+        array = np.array(values, np.float64)
+    except OverflowError:  # of a whole number
+        array = np.array([np.inf])
     if not np.isfinite(array).all():
         raise _Wrong("annotations hold numbers that are not finite", f", {str(values)[:60]}")
     return array

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import ImageDraw, ImageFont
-from PIL.Image import Image, Resampling, fromarray
+from PIL.Image import Image, Resampling, blend, fromarray
 
 from .decoding import Encoded, decode
 
@@ -97,13 +97,13 @@ def overlay(
     Returns:
         [H, W, 3] uint8.
     """
-    table = np.zeros((len(colours) + 1, 3), np.float32)
+    table = np.zeros((len(colours) + 1, 3), np.uint8)
     table[:-1] = colours
     known = (labels >= 0) & (labels < len(colours))
     laid = table[np.where(known, labels, len(colours))]
     row, column = np.indices(labels.shape, sparse=True)
-    laid = np.where((~known & ((row + column) // _STRIPE % 2 == 0))[..., None], np.float32(255), laid)
-    return (picture * (1 - strength) + laid * strength).round().astype(np.uint8)
+    laid[~known & ((row + column) // _STRIPE % 2 == 0)] = 255
+    return np.asarray(blend(fromarray(picture), fromarray(laid), strength))  # in bytes: pictures may be large
 
 
 def draw_truth(

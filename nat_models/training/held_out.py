@@ -129,5 +129,6 @@ def _hold_out(
         if len(members) <= room - len(held) + 0.5:
             held += members
     held = held or min(order, key=len)
-    stems = {pair.stem for pair in held}
-    return [pair for pair in pairs if pair.stem not in stems], [pair for pair in pairs if pair.stem in stems]
+    paths = {pair.image.path for pair in held}
+    left = [pair for pair in pairs if pair.image.path not in paths]
+    return left, [pair for pair in pairs if pair.image.path in paths]

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import functools
-import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,12 +11,14 @@ from types import MappingProxyType
 
 import timm
 import torch
-from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.data import ImageNetInfo
 from timm.models import resolve_model_input_args
 from torch import nn
 
+from ..checkpoints.files import read_config
 from ..checkpoints.loading import explain_errors
 from ..checkpoints.manifest import Weights, published
+from ..checkpoints.saving import imagenet_of
 from ..errors import UserError, unknown
 
 # Of a computation, by the names of the flags.
@@ -60,7 +61,7 @@ def make_model(
         kwargs = resolve_model_input_args(name, requested, **{**model_kwargs, **own})
         model = timm.create_model(**kwargs, pretrained=pretrained or checkpoint is not None)
     if name.startswith("local-dir:"):  # timm leaves out what it does not know of config.json
-        model.problem_type = _read_config(Path(name.removeprefix("local-dir:"))).get("problem_type")
+        model.problem_type = read_config(Path(name.removeprefix("local-dir:"), "config.json")).get("problem_type")
     return model
 
 
@@ -122,17 +123,9 @@ def _model_folder(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
         held = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
         raise UserError(f"{folder} holds no config.json of a model, but {held}.")
-    if not timm.is_model(str(_read_config(folder).get("architecture"))):
+    if not timm.is_model(str(read_config(folder / "config.json").get("architecture"))):
         raise UserError(f"{folder / 'config.json'} names no architecture that timm knows.")
     return folder
-
-
-def _read_config(folder: Path) -> dict:
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as e:
-        raise UserError(f"{folder / 'config.json'} cannot be read: {e}") from None
-    return config if isinstance(config, dict) else {}
 
 
 def class_names(model: nn.Module) -> list[str]:
@@ -145,9 +138,8 @@ def class_names(model: nn.Module) -> list[str]:
     outputs, names = model.num_classes, model.pretrained_cfg.get("label_names")
     if outputs < (1 if is_multi_label(model) else 2):
         raise UserError(f"The model has {outputs} outputs: there are no classes to tell apart.")
-    if names is None and (subset := infer_imagenet_subset(model)) is not None:
-        with contextlib.suppress(AssertionError):  # timm knows the number of some sets alone
-            names = ImageNetInfo(subset).label_names()
+    if names is None and (imagenet := imagenet_of(model)) is not None:
+        names = imagenet.label_names()
     if names is None:
         return [str(i) for i in range(outputs)]
     if isinstance(names, Mapping):  # by index, perhaps with gaps
@@ -192,11 +184,11 @@ def published_as(model: nn.Module) -> Weights | None:
     return known
 
 
-def parse_model_kwargs(pairs: Iterable[str]) -> dict:
+def parse_model_kwargs(pairs: Iterable[str], name: str = "model_kwargs") -> dict:
     """key=value strings as a dict, values read as YAML: kernel_size=3, depths=[3,4,6,5]."""
     pairs = list(pairs)
     if wrong := [pair for pair in pairs if "=" not in pair]:
-        raise UserError(f"model_kwargs must be key=value, got {wrong[0]!r}.")
+        raise UserError(f"{name} must be key=value, got {wrong[0]!r}.")
     if not pairs:
         return {}
     import yaml

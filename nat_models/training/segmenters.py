@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import nn
 
+from ..checkpoints.files import read_config
 from ..checkpoints.saving import save_tensors
 from ..errors import UserError
 from ..networks.upernet import UPerNet, upernet
@@ -92,16 +94,14 @@ def _open(folder: Path) -> tuple[Path, Segmenter]:
     found = _find(folder)
     if found is None:
         raise UserError(f"{folder} holds no segmenter: a folder that `train --task segment` wrote, or best/ in it.")
-    config = json.loads((found / "config.json").read_text())
+    config = read_config(found / "config.json")
     del config["architecture"]
     return found, Segmenter(**config)
 
 
 def _find(folder: Path) -> Path | None:
     for path in (folder, folder / "best"):
-        try:
-            if json.loads((path / "config.json").read_text()).get("architecture") == _ARCHITECTURE:
+        with suppress(UserError):
+            if read_config(path / "config.json").get("architecture") == _ARCHITECTURE:
                 return path
-        except (OSError, ValueError, AttributeError):
-            continue
     return None

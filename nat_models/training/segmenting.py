@@ -2,8 +2,6 @@
 
 import io
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -16,8 +14,9 @@ from torchvision.transforms.v2 import functional
 from ..errors import UserError
 from ..networks.upernet import UPerNet
 from .decoding import Encoded, describe
+from .drawing import overlay
 from .mask_sets import fitted, to_picture
-from .models import PRECISIONS
+from .models import computing
 from .segmenters import Segmenter
 
 FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of the size of a test; each also mirrored
@@ -26,17 +25,6 @@ LEAST_TILE = 4 * STRIDE
 _MOST_CLASSES = 256  # that a map of 8 bits can tell apart
 _AT_ONCE = 16  # classes whose logits are resized together
 _SHOWN = 2048  # px, the longest side of a picture for people
-
-
-def scaled_size(height: int, width: int, about: Segmenter, factor: float = 1.0) -> tuple[int, int]:
-    """The height and width that an image is resized to for a test: its ratio kept, sides rounded to the nearest pixel.
-
-    Args:
-        height: Of the image, pixels; so is width.
-        about: Says how long the short and the long side may be.
-        factor: Of both.
-    """
-    return fitted((height, width), about.scale, factor)
 
 
 @torch.inference_mode()
@@ -81,13 +69,11 @@ def segment(
     height, width = image.shape[1:]
     labels = np.empty((height, width), np.uint8)
     answer = _by_probability if multi_scale else _by_logits
-    autocast = nullcontext() if precision == "float32" else torch.autocast(device.type, PRECISIONS[precision])
-    resized = about if tile is None else replace(about, short_side=None, long_side=None)
-    size_of = partial(scaled_size, about=resized)
+    size_of = partial(fitted, scale=about.scale if tile is None else None)
     for row, kept_rows in spans(height, tile):
         for col, kept_cols in spans(width, tile):
             try:
-                with autocast:
+                with computing(precision, device):
                     found = answer(network, cut(row, col), size_of)
             except FloatingPointError:
                 raise UserError(f"What the segmenter computes of {name} in {precision} is not finite.") from None
@@ -141,7 +127,7 @@ def _by_logits(network: UPerNet, pixels: Tensor, size_of: Callable) -> Tensor:
     Logits of all classes at once would be the greatest thing in memory by far, so the maximum runs over the classes.
     """
     size = pixels.shape[2:]
-    x = _resize(pixels, size_of(*size))
+    x = _resize(pixels, size_of(size))
     best = None
     for first, part in enumerate(_coarse(network, x).split(_AT_ONCE, dim=1)):
         value, index = _resize(_resize(part, x.shape[2:]), size)[0].max(dim=0)
@@ -158,7 +144,7 @@ def _by_probability(network: UPerNet, pixels: Tensor, size_of: Callable) -> Tens
     """[1, C, H, W] -> the class of the greatest mean probability over sizes and mirror images, [H, W]."""
     size, total = pixels.shape[2:], 0
     for factor in FACTORS:
-        x = _resize(pixels, size_of(*size, factor=factor))
+        x = _resize(pixels, size_of(size, factor=factor))
         for flipped in (False, True):
             logits = _resize(_coarse(network, x.flip(3) if flipped else x), x.shape[2:])
             logits = _resize(logits, size)
@@ -190,8 +176,7 @@ def overlay_jpeg(image: Tensor, labels: np.ndarray, about: Segmenter) -> bytes:
         image = functional.resize(image, list(fitted(size, None, factor)), antialias=True)
     shown = Image.fromarray(to_picture(image))
     small = np.asarray(Image.fromarray(labels).resize(shown.size, Image.Resampling.NEAREST))
-    colours = np.asarray(about.colours, np.uint8)[small]
-    blended = Image.blend(shown, Image.fromarray(colours), 0.5)
+    blended = Image.fromarray(overlay(np.asarray(shown), small, about.colours, 0.5))
     counts = np.bincount(labels.ravel(), minlength=len(about.classes))
     found = [i for i in np.argsort(-counts, kind="stable").tolist() if counts[i]]
     height = max(14, min(shown.size) // 30)

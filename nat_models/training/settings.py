@@ -257,15 +257,14 @@ def from_flags(args: argparse.Namespace, schema: type[Settings] = Settings) -> t
     resume = Resume(args.resume, args.extend_epochs, args.accept_versions)
     if not resume and (resume.extend_epochs is not None or resume.accept_versions):
         raise UserError("--extend-epochs and --accept-versions go with --resume.")
-    if "model_kwargs" in flags:
-        flags["model_kwargs"] = parse_model_kwargs(flags["model_kwargs"])
+    pairs = [f.name for f in fields(schema) if f.default_factory is dict]
+    flags |= {name: parse_model_kwargs(flags[name], name) for name in pairs if name in flags}
     layers = [{} if args.config is None else read_yaml(find_recipe(args.config), schema), flags]
     output = {"output": schema.output, **layers[0], **flags}["output"]
     if resume and (saved := Path(str(output)) / "config.yaml").is_file():
         layers.insert(0, read_yaml(saved, schema))
     values = {}
     for layer in layers:
-        if isinstance(values.get("model_kwargs"), dict) and isinstance(layer.get("model_kwargs"), dict):
-            layer = {**layer, "model_kwargs": values["model_kwargs"] | layer["model_kwargs"]}
-        values |= layer
+        both = [name for name in pairs if all(isinstance(x.get(name), dict) for x in (values, layer))]
+        values |= layer | {name: values[name] | layer[name] for name in both}
     return schema(**values), resume

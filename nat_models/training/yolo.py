@@ -56,16 +56,15 @@ def read_yolo(file: Path, exclude: Sequence[Path] = ()) -> RawData:
         if images is None:
             continue
         labelled = 0
-        for image in images:
-            found = RawImage(os.path.splitext(image.name)[0], image, relative=True)
-            labels = labels_of(Path(image.path))
+        for found in images:
+            labels = labels_of(Path(found.image.path))
             if labels.is_file():
                 labelled += 1
                 _read_labels(labels, os.path.relpath(labels, root), names, found, data)
             data.parts.setdefault(part, []).append(found)
         if not labelled:
             raise UserError(
-                f"No image of {part} in {file} has a file of labels, such as {labels_of(Path(images[0].path))}."
+                f"No image of {part} in {file} has a file of labels, such as {labels_of(Path(images[0].image.path))}."
             )
         if len(images) > labelled:
             data.notes.append(f"{len(images) - labelled} images of {part} have no file of labels: nothing is on them")
@@ -93,9 +92,9 @@ def _names(names: object, count: object, file: Path) -> dict[int, str]:
 
 def _list_images(
     value: object, base: object, root: Path, part: str, exclude: Sequence[Path], data: RawData
-) -> list[ImageFile] | None:
+) -> list[RawImage] | None:
     """The images of a part, named relative to the root."""
-    found: dict[str, ImageFile] = {}
+    found: dict[str, RawImage] = {}
     for entry in map(str, value if isinstance(value, list) else [value]):
         inner = entry
         while inner.startswith("../"):
@@ -109,7 +108,7 @@ def _list_images(
                 return None
             raise UserError(f"There is no {candidates[0]}, which data.yaml names for {part}.")
         if path.is_dir():
-            files = [x.path for x in scan(path, exclude)[0]]
+            files = [(x.path, x.name) for x in scan(path, exclude)[0]]
         elif path.suffix.lower() == ".txt":
             files = []
             for line in filter(None, map(str.strip, path.read_text(encoding="utf-8-sig").splitlines())):
@@ -117,15 +116,16 @@ def _list_images(
                 if image is None:
                     data.problems.add("images are missing", f"{line} ({path.name})")
                 else:
-                    files.append(str(image))
+                    files.append((str(image), image.name))
         else:
             raise UserError(f"{path}, which data.yaml names for {part}, is neither a folder nor a text file.")
-        for image in files:
+        for image, inner in files:
             name = os.path.relpath(image, root).replace(os.sep, "/")
-            found.setdefault(os.path.normpath(image), ImageFile(name, image))
+            file = ImageFile(name, image)
+            found.setdefault(os.path.normpath(image), RawImage(os.path.splitext(inner)[0], file, relative=True))
     if not found:
         raise UserError(f"There are no images of {part} at {some(value if isinstance(value, list) else [value])}.")
-    return sorted(found.values())
+    return [found[path] for path in sorted(found)]
 
 
 def labels_of(image: Path) -> Path:

@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nat_models import fuse
 from nat_models.networks.blocks import GlobalAttention2d
-from tests.conftest import FIXTURES, original_state_dict, tensor
-from tests.networks.zoo import tiny
+from tests.conftest import FIXTURES
+from tests.networks.zoo import assert_golden_logits, golden_cases, tiny
 
 GOLDEN = load_file(FIXTURES / "dinat_models.safetensors")
 # The published table: millions of parameters, GMACs at the size of the default_cfg.
@@ -36,18 +36,9 @@ PUBLISHED = {
 KINDS = ["dinat_mini", "dinat_s_tiny", "dinat_isotropic_small", "vitrpb_small"]
 
 
-def _from_original(variant: str, **kwargs) -> torch.nn.Module:
-    overlay = dict(state_dict=original_state_dict(variant), hf_hub_id=None, url="")
-    return create_model(variant, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
-
-
-@pytest.mark.parametrize("case", [name.removesuffix("/logits") for name in GOLDEN])
+@pytest.mark.parametrize("case", golden_cases(GOLDEN))
 def test_logits_of_the_authors_networks(case):
-    variant, size = case.split("/")
-    height, width = map(int, size.split("x"))
-    with torch.no_grad():
-        logits = _from_original(variant)(tensor(f"image_{size}", (1, 3, height, width)))
-    torch.testing.assert_close(logits[0], GOLDEN[f"{case}/logits"], rtol=0, atol=2e-5)
+    assert_golden_logits(GOLDEN, case)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

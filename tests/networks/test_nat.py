@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import nat_models  # noqa: F401  registers the models
 from nat_models.networks.blocks import NATBlock
 from nat_models.networks.nat import NAT
-from tests.conftest import FIXTURES, original_state_dict, tensor
-from tests.networks.zoo import MODELS, tiny
+from tests.conftest import FIXTURES, tensor
+from tests.networks.zoo import MODELS, assert_golden_logits, golden_cases, published, tiny
 
 GOLDEN = load_file(FIXTURES / "nat_models.safetensors")
 # The published table: parameters, GMACs at 224 px.
@@ -26,11 +26,6 @@ PUBLISHED = {
     "nat_small": (50_743_297, "7.8"),
     "nat_base": (89_769_652, "13.7"),
 }
-
-
-def _published(variant: str, **kwargs) -> NAT:
-    overlay = dict(state_dict=original_state_dict(variant), hf_hub_id=None)
-    return create_model(variant, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
 
 
 def _small(**kwargs) -> NAT:
@@ -44,17 +39,13 @@ def test_the_zoo_is_registered():
     assert set(list_models(module="nat", pretrained=True)) == {f"{name}.shi_in1k" for name in PUBLISHED}
 
 
-@pytest.mark.parametrize("case", [name.removesuffix("/logits") for name in GOLDEN if name.endswith("/logits")])
+@pytest.mark.parametrize("case", golden_cases(GOLDEN))
 def test_logits_of_the_authors_networks(case):
-    variant, size = case.split("/")
-    height, width = map(int, size.split("x"))
-    with torch.no_grad():
-        logits = _published(variant)(tensor(f"image_{size}", (1, 3, height, width)))
-    torch.testing.assert_close(logits[0], GOLDEN[f"{case}/logits"], rtol=0, atol=2e-5)
+    assert_golden_logits(GOLDEN, case)
 
 
 def test_features_of_the_authors_network_level_by_level():
-    model = _published("nat_mini")
+    model = published("nat_mini")
     with torch.no_grad():
         features = model.forward_intermediates(
             tensor("image_224x224", (1, 3, 224, 224)), output_fmt="NHWC", intermediates_only=True
@@ -314,7 +305,7 @@ def test_dtype_and_device_are_constructor_arguments(dtype):
 
 
 def test_bfloat16_follows_float32():
-    model = _published("nat_mini")
+    model = published("nat_mini")
     x = tensor("image_96x96", (1, 3, 96, 96))
     with torch.no_grad():
         expected = model(x)[0]

@@ -62,7 +62,7 @@ IDS = {"cat": 1, "cow": 2, "dog": 3}
 
 def put_images(folder: Path, stems, size: tuple[int, int] = SIZE) -> None:
     for stem in stems:
-        put(folder / f"{stem}.png", picture(sum(map(ord, stem)), size))
+        put(folder / f"{stem}.png", picture(int.from_bytes(stem.encode(), "big"), size))
 
 
 def put_roboflow(root: Path, scenes=SCENES, ids=None, outlines: bool = True) -> Path:

@@ -16,11 +16,12 @@ from accelerate.utils import DistributedType
 from nat_models.cli import main
 from nat_models.training import engine
 from nat_models.training.tasks.classification import Classification
+from nat_models.training.tasks.detection import Detection
 from nat_models.training.tasks.segmentation import Segmentation
 
 folder, flags = Path(sys.argv[1]), sys.argv[2:]
 state = PartialState(cpu=True)
-task = Segmentation if "segment" in flags else Classification
+task = {"segment": Segmentation, "detect": Detection}.get((flags or [""])[-1], Classification)
 losses, prepare = task.losses, engine.prepare
 
 if "--fsdp" in flags:

@@ -160,6 +160,19 @@ def test_what_is_held_out_depends_on_the_seed_and_keeps_copies_together(tmp_path
     assert len(by_stem(read_box_data(tmp_path, val_fraction=0.5, group=r"^(\d)", allow_empty=True), "val")) >= 5
 
 
+@pytest.mark.parametrize("put_set", [put_yolo, put_voc, put_roboflow])
+def test_groups_are_told_by_the_name_in_the_part(tmp_path, put_set):
+    things = {f"{group}_{i}": [Thing("cat", (1, 1, 20, 30))] for group in "pqrs" for i in range(3)}
+    root = put_set(tmp_path, {"train": things})
+    seen = set()
+    for seed in range(4):
+        data = read_box_data(root, val_fraction=0.25, seed=seed, group="^(.)_", allow_empty=True)
+        sides = [{stem[0] for stem in by_stem(data, part)} for part in ("train", "val")]
+        assert not sides[0] & sides[1] and len(by_stem(data, "val")) == 3
+        seen |= sides[1]
+    assert len(seen) > 1
+
+
 def test_negatives_crowds_and_many_objects_are_counted(tmp_path):
     def change(content):
         content["annotations"][1]["iscrowd"] = 1
@@ -220,6 +233,23 @@ def test_ids_that_are_words_are_numbered(tmp_path):
     data = read_box_data(put_one(tmp_path, change), val_fraction=None)
     assert by_stem(data, "val") == EXPECTED["train"]
     assert data.parts["val"].image_ids.tolist() == [1, 2, 3, 4]
+
+
+def test_numbers_as_tables_and_words_write_them_are_read(tmp_path):
+    def change(content):
+        for entry in content["annotations"]:
+            entry.update(id=float(entry["id"]), image_id=float(entry["image_id"]), iscrowd="0")
+            entry["category_id"] = float(entry["category_id"])
+
+    data = read_box_data(put_one(tmp_path, change), val_fraction=None)
+    assert by_stem(data, "val") == EXPECTED["train"] and not data.parts["val"].crowd.any()
+    assert data.parts["val"].ids.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_ids_that_no_array_holds_are_numbered(tmp_path):
+    data = read_box_data(put_one(tmp_path, lambda x: x["annotations"][2].update(id=1 << 70)), val_fraction=None)
+    assert data.parts["val"].ids.tolist() == [1, 2, 3, 4, 5, 6]
+    assert any(note.startswith("ids of annotations of val are not all whole numbers") for note in data.notes)
 
 
 def test_a_rounded_box_is_cut_at_its_image(tmp_path):

@@ -16,8 +16,9 @@ from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from nat_models.cli import main
+from nat_models.training.mask_sets import fitted
 from nat_models.training.segmenters import Segmenter, load_segmenter, save_segmenter
-from nat_models.training.segmenting import FACTORS, overlay_jpeg, scaled_size, segment, spans
+from nat_models.training.segmenting import FACTORS, overlay_jpeg, segment, spans
 
 TINY = dict(embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), kernel_size=3)
 ABOUT = Segmenter(
@@ -174,8 +175,8 @@ def test_unreadable_images_are_skipped_on_request(run, images, tmp_path, capsys)
 )
 def test_sizes_of_a_test_are_the_papers(size, sides, expected):
     about = replace(ABOUT, short_side=sides[0], long_side=sides[1])
-    assert scaled_size(*size, about) == expected
-    assert scaled_size(*size, about, 0.5) == tuple(
+    assert fitted(size, about.scale) == expected
+    assert fitted(size, about.scale, 0.5) == tuple(
         int(n * 0.5 * min((s / e for s, e in zip(sides, (min(size), max(size)), strict=True) if s), default=1) + 0.5)
         for n in size
     )

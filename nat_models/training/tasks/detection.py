@@ -104,7 +104,7 @@ class Detection:
         self.classes, self.digest = list(self.data.names), self.data.digest()
         self.train, self.val = self.data.parts["train"], self.data.parts["val"]
         if not s.negatives:
-            self.train = self.train.with_objects()
+            self.train = self.train.subset([i for i, found in enumerate(self.train) if not found.crowd.all()])
         self.sizes = len(self.train), len(self.val)
         self.notes = [*self.data.notes]
         if note := note_anchors(self.train, s.short_side, s.long_side, s.anchor_sizes):
