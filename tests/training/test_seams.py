@@ -22,6 +22,7 @@ ACROSS = {
     "larger than what two tiles share": ("red", (70, 20, 190, 60), 210),
     "smaller than it, and cut by one border": ("red", (110, 200, 136, 225), 150),
     "over the corner of four tiles": ("green", (60, 70, 170, 170), 255),
+    "all of it in what two tiles share": ("red", (106, 20, 118, 60), 140),
     "over five tiles": ("red", (5, 245, 415, 270), 170),
     "ends at a border": ("red", (96, 100, 128, 120), 99),
     "ends just inside a border": ("green", (98, 100, 190, 120), 99),
@@ -90,6 +91,18 @@ def test_what_two_tiles_see_differently_stays_two():
     assert len(join(tiles, (128, 224), 0.5)) == 2
     tiles[1] = Tile(0, 96, found((0, 10, 104, 20)))
     assert join(tiles, (128, 224), 0.5).boxes.tolist() == [[20, 10, 200, 20]]
+
+
+def test_a_part_is_dropped_for_the_whole():
+    """Tiles begin at 0 and 96. The first cuts off what the second sees all of."""
+
+    def found(box, score) -> Detections:
+        scores = np.array([score], np.float32)
+        return Detections((128, 128), np.array([box], np.float32), np.zeros(1, np.int64), scores, None)
+
+    tiles = [Tile(0, 0, found((98, 18, 128, 41), 0.5)), Tile(0, 96, found((14, 20, 44, 40), 0.75))]
+    joined = join(tiles, (128, 224), 0.9)
+    assert joined.boxes.tolist() == [[110, 20, 140, 40]] and joined.scores.tolist() == [0.75]
 
 
 def test_tiles_are_not_resized_and_whole_images_are():
