@@ -1,4 +1,4 @@
-"""Evaluates one checkpoint or several on labelled images, or segmenters on images with masks.
+"""Evaluates checkpoints on labelled images, segmenters on images with masks, or detectors on images with boxes.
 
     nat-models evaluate --model output/best --data images [--split val] --output report
 
@@ -12,6 +12,13 @@ used, and classes are matched by name. The output folder gets
     reliability.png              how often predictions of a confidence are right
 
 Of segmenters: metrics.json and per_class.csv, with mean IoU and pixel accuracies at the images' original sizes.
+
+Of detectors, COCO's average precision of boxes and masks, of all objects and by their size, in
+
+    metrics.json, per_class.csv  per class also precision and recall at --threshold, and the score of the best F1
+    curves.csv, curves.png       precision over recall, and F1 over the score, at an IoU of 0.5
+    confusion.csv, confusion.png of boxes at --threshold and an IoU of 0.5, with what is background
+    mistakes.csv, mistakes.png   the images with most that is missed or found wrongly: true and found
 
 Of several models each gets a folder of its own, and comparison.csv stands beside them. ImageNet's validation images
 lie in a folder per synset (n01440764/...); --labels-real takes real.json of arXiv:2006.07159.
@@ -29,6 +36,7 @@ from timm.data.model_config import resolve_input_data_config
 from torch import nn
 
 from ..errors import UserError
+from ..training.detectors import is_detector
 from ..training.evaluation import Predictions, judge, predict, table, write_report
 from ..training.listing import some
 from ..training.models import (
@@ -40,6 +48,7 @@ from ..training.models import (
     make_model,
     parse_model_kwargs,
     positive,
+    probability,
     published_as,
     refuse_flags,
     resolve_name,
@@ -49,6 +58,7 @@ from ..training.segmenters import is_segmenter
 from ..training.splits import Part, read_part
 from ..training.tables import Columns
 from ..writing import write_atomically, writing
+from .evaluate_boxes import evaluate_boxes
 from .evaluate_masks import evaluate_masks
 from .held_out import check_same, held_out, is_own_data, settings_of_run
 
@@ -73,17 +83,25 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--img-size", type=positive, help="height and width; the model's by default")
     add_preprocessing_flags(parser)
     add("--labels-real", type=Path, metavar="FILE", help="real.json, for ImageNet's validation images")
-    add("--tile", type=positive, metavar="PX", help="of a segmenter: see images in tiles of this side")
+    add("--tile", type=positive, metavar="PX", help="of a segmenter or detector: see images in tiles of this side")
     add("--multi-scale", action="store_true", help="of a segmenter: the mean of 6 sizes, each also mirrored")
     add("--classes", help="of a segmenter: a file that names the values of masks")
     add("--mask-values", help="of a segmenter: values that mean another one, as in 255:1")
     add("--reduce-zero-label", action="store_true", help="of a segmenter: 0 is ignored, the others move down by one")
+    add("--threshold", type=probability, help="of a detector: the least score in the confusion matrix (0.5)")
+    add("--masks", action=argparse.BooleanOptionalAction, help="of a detector: measure masks too (where there are any)")
+    add("--skip-bad-annotations", action="store_true", help="of a detector: leave them out, and count them")
     add_computing_flags(parser)
 
 
-_OF_SEGMENTERS = ("tile", "multi_scale", "classes", "mask_values", "reduce_zero_label")
-_OF_CLASSIFIERS = ("pretrained", "checkpoint", "model_kwargs", "img_size", "crop_pct", "interpolation", "labels_real")
-_OF_CLASSIFIERS += tuple(f"{name}_column" for name in Columns._fields)
+_FLAGS = {
+    "classifiers": (
+        *("pretrained", "checkpoint", "model_kwargs", "img_size", "crop_pct", "interpolation", "labels_real"),
+        *(f"{name}_column" for name in Columns._fields),
+    ),
+    "segmenters": ("tile", "multi_scale", "classes", "mask_values", "reduce_zero_label"),
+    "detectors": ("tile", "threshold", "masks", "skip_bad_annotations"),
+}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -91,22 +109,30 @@ def run(args: argparse.Namespace) -> None:
     if args.output is not None:
         with writing(args.output):
             args.output.mkdir(parents=True, exist_ok=True)
-    segments = [is_segmenter(Path(name)) for name in args.model]
-    if any(segments) and not all(segments):
-        raise UserError("--model names segmenters and classifiers: evaluate them one kind at a time.")
-    wrong, kind = (_OF_CLASSIFIERS, "segmenters") if any(segments) else (_OF_SEGMENTERS, "classifiers")
-    refuse_flags(args, wrong, add_flags, kind)
-    rows = evaluate_masks(args, folders) if any(segments) else _evaluate_all(args, folders)
+    kinds = sorted({_kind(Path(name)) for name in args.model})
+    if len(kinds) > 1:
+        raise UserError(f"--model names {' and '.join(kinds)}: evaluate them one kind at a time.")
+    wrong = [flag for flags in _FLAGS.values() for flag in flags if flag not in _FLAGS[kinds[0]]]
+    refuse_flags(args, wrong, add_flags, kinds[0])
+    evaluate = dict(classifiers=_evaluate_all, segmenters=evaluate_masks, detectors=evaluate_boxes)[kinds[0]]
+    rows = evaluate(args, folders)
+    names = list(dict.fromkeys(name for row in rows for name in row))
     shown = Table("", *[row["model"] for row in rows])
-    for name in rows[0]:
+    for name in names:
         if name != "model":
             values = (row.get(name, "") for row in rows)
             shown.add_row(name, *(f"{value:.2f}" if isinstance(value, float) else str(value) for value in values))
     console.print(shown)
     if args.output is not None:
         if len(rows) > 1:
-            write_atomically(args.output / "comparison.csv", table(rows))
+            write_atomically(args.output / "comparison.csv", table(rows, names))
         console.print(f"look at {args.output}")
+
+
+def _kind(folder: Path) -> str:
+    if is_segmenter(folder):
+        return "segmenters"
+    return "detectors" if is_detector(folder) else "classifiers"
 
 
 def _evaluate_all(args: argparse.Namespace, folders: dict[str, Path | None]) -> list[dict]:

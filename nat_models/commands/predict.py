@@ -1,4 +1,4 @@
-"""Names the classes of images, or of their pixels where the model is a segmenter.
+"""Names the classes of images, of their pixels where the model is a segmenter, or finds objects with a detector.
 
     nat-models predict --model output/best photo.jpg more_photos/
     find . -name '*.jpg' | nat-models predict --model output/best - --format jsonl
@@ -12,6 +12,14 @@ Of a segmenter, a run's folder that `train --task segment` wrote, the output is 
 files of 8 bits whose values are the classes, overlays/ pictures to look at, and areas.csv pixels and percent of each
 class. --tile 1024 sees a large image at its own resolution, in tiles that overlap, in memory that does not grow with
 it.
+
+    nat-models predict --model output photo.jpg more_photos/ --output detected
+
+Of a detector, a run's folder that `train --task detect` wrote, too: detections.json holds what is found as COCO's
+results, with the category ids of the training data and masks as run lengths; images.json says which image has which id;
+objects.csv has a row for each object, pictures/ shows them. --image-ids annotations.json takes the images' ids from
+COCO's JSON, by file_name. Pictures and objects.csv hold scores from 0.5 on, detections.json all that the detector
+finds, as average precision needs it; --threshold is one least score for all of them. --tile joins what a seam cuts.
 """
 
 import argparse
@@ -31,6 +39,7 @@ from timm.data.model_config import resolve_input_data_config
 
 from ..errors import UserError
 from ..training.decoding import Encoded, ImageFile, describe
+from ..training.detectors import is_detector
 from ..training.evaluation import classify
 from ..training.mask_files import with_arrays
 from ..training.models import (
@@ -48,6 +57,7 @@ from ..training.models import (
 from ..training.segmenters import is_segmenter
 from ..training.splits import find_images
 from ..writing import writing
+from .predict_boxes import predict_boxes
 from .predict_masks import predict_masks
 
 UNSURE = "_unsure"
@@ -60,28 +70,43 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_model_flags(parser)
     add_preprocessing_flags(parser)
     add("--top-k", type=positive, default=5, help="classes per image, the most probable ones")
-    add("--threshold", type=probability, default=0.5, help="for models of several labels: all classes above it")
+    add(
+        "--threshold",
+        type=probability,
+        help="for models of several labels: all classes above it (0.5); of a detector: least score",
+    )
     add("--format", choices=("table", "csv", "jsonl"), default="table")
-    add("--output", type=Path, help="file to write; by default standard output. Of a segmenter a folder, segmented/")
+    add(
+        "--output",
+        type=Path,
+        help="file to write; by default standard output. Of others a folder, segmented/ or detected/",
+    )
     add("--sort-into", type=Path, metavar="DIR", help="copy each image into a folder of its class")
     add("--min-probability", type=probability, default=0.0, help="with --sort-into: less sure ones go into DIR/_unsure")
-    add("--tile", type=positive, metavar="PX", help="of a segmenter: see images in tiles of this side")
+    add("--tile", type=positive, metavar="PX", help="of a segmenter or detector: see images in tiles of this side")
     add("--multi-scale", action="store_true", help="of a segmenter: the mean of 6 sizes, each also mirrored")
+    add("--image-ids", type=Path, metavar="FILE", help="of a detector: COCO's JSON that gives images their ids")
     add_computing_flags(parser, workers=0)
 
 
-_OF_CLASSIFIERS = ("top_k", "threshold", "format", "sort_into", "min_probability", "img_size", "crop_pct")
-_OF_CLASSIFIERS += ("interpolation", "checkpoint", "model_kwargs", "pretrained")
-_OF_SEGMENTERS = ("tile", "multi_scale")
+_SEVERAL_LABELS = 0.5  # the threshold, unless it is given
+_FLAGS = {
+    "classifier": (
+        *("top_k", "threshold", "format", "sort_into", "min_probability", "img_size", "crop_pct", "interpolation"),
+        *("checkpoint", "model_kwargs", "pretrained"),
+    ),
+    "segmenter": ("tile", "multi_scale"),
+    "detector": ("tile", "threshold", "image_ids"),
+}
 
 
 def run(args: argparse.Namespace) -> None:
-    segments = is_segmenter(Path(args.model))
-    wrong = _OF_CLASSIFIERS if segments else _OF_SEGMENTERS
-    refuse_flags(args, wrong, add_flags, f"a {'segmenter' if segments else 'classifier'}, as {args.model} is one")
-    chunks = _chunks(args, with_arrays() if segments else None)  # better known before weights are loaded
-    if segments:
-        predict_masks(args, chunks)
+    kind = _kind(Path(args.model))
+    wrong = [flag for flags in _FLAGS.values() for flag in flags if flag not in _FLAGS[kind]]
+    refuse_flags(args, wrong, add_flags, f"a {kind}, as {args.model} is one")
+    chunks = _chunks(args, None if kind == "classifier" else with_arrays())  # better known before weights are loaded
+    if kind != "classifier":
+        (predict_masks if kind == "segmenter" else predict_boxes)(args, chunks)
         return
     model = model_from_flags(args, None)
     names, skipped, count = class_names(model), [], 0
@@ -98,6 +123,12 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"None of the {len(skipped)} images can be read.")
     if skipped:
         print(f"skipped {len(skipped)} images that cannot be read", file=sys.stderr)
+
+
+def _kind(folder: Path) -> str:
+    if is_segmenter(folder):
+        return "segmenter"
+    return "detector" if is_detector(folder) else "classifier"
 
 
 def _chunks(args: argparse.Namespace, kinds: frozenset[str] | None) -> Iterator[Sequence[Encoded]]:
@@ -131,6 +162,7 @@ def _predict(args, model, names: Sequence[str], images: Sequence[Encoded], skipp
         skipped.append(error)
 
     several = is_multi_label(model)
+    threshold = _SEVERAL_LABELS if args.threshold is None else args.threshold
     asked = {key: getattr(args, key) for key in ("img_size", "crop_pct", "interpolation")}
     batches = classify(
         model,
@@ -146,7 +178,7 @@ def _predict(args, model, names: Sequence[str], images: Sequence[Encoded], skipp
     for indices, probabilities in batches:
         values, classes = probabilities.topk(len(names) if several else min(args.top_k, len(names)))
         for index, row, found in zip(indices, values.tolist(), classes.tolist(), strict=True):
-            pairs = [(names[c], p) for c, p in zip(found, row, strict=True) if not several or p > args.threshold]
+            pairs = [(names[c], p) for c, p in zip(found, row, strict=True) if not several or p > threshold]
             yield images[index], pairs
 
 

@@ -168,6 +168,7 @@ def draw_objects(
     scores: np.ndarray | None = None,
     longest: int | None = _PANEL,
     strength: float = 0.45,
+    letters: int = 11,
 ) -> np.ndarray:
     """A picture with boxes, masks and names of objects on it; a crowd is striped in white.
 
@@ -177,11 +178,12 @@ def draw_objects(
         labels: [N] class indices.
         colours: (red, green, blue) of each class.
         names: Of the classes.
-        masks: [N, H, W], 0 outside; None draws boxes alone.
+        masks: [N, H, W], 0 outside, or a sequence of N that makes them one at a time; None draws boxes alone.
         crowd: [N] bool; None for none.
         scores: [N] from 0 to 1, told beside the names; None for the truth.
         longest: px, of the side of what comes out; None leaves the size.
         strength: Of the colours of masks, from 0 to 1.
+        letters: px, their height; lines are a fifth as wide.
 
     Returns:
         [H, W, 3] uint8.
@@ -192,17 +194,20 @@ def draw_objects(
     crowd = np.zeros(len(boxes), bool) if crowd is None else crowd
     for i in range(len(boxes)) if masks is not None else ():
         inside = np.asarray(fromarray((masks[i] > 0).astype(np.uint8)).resize(size, Resampling.NEAREST)) > 0
-        index = np.where(inside, -1 if crowd[i] else labels[i], len(colours))
-        laid = overlay(shown, np.where(inside, index, 0), colours, strength)
-        shown = np.where(inside[..., None], laid, shown)
+        rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
+        if not len(rows):
+            continue
+        part = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+        laid = overlay(shown[part], np.where(inside[part], -1 if crowd[i] else labels[i], 0), colours, strength)
+        shown[part] = np.where(inside[part][..., None], laid, shown[part])
     image = fromarray(shown)
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=11)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=letters)
     for i in np.argsort(-(boxes[:, 2:] - boxes[:, :2]).prod(axis=1), kind="stable"):  # the small ones on top
         colour, corners = (255, 255, 255) if crowd[i] else tuple(colours[labels[i]]), boxes[i] * factor
-        draw.rectangle(corners.tolist(), outline=colour, width=2)
+        draw.rectangle(corners.tolist(), outline=colour, width=max(2, letters // 5))
         said = names[labels[i]] + (" (crowd)" if crowd[i] else "")
         said += "" if scores is None else f" {scores[i]:.2f}"
-        place = (float(corners[0]) + 2, max(0.0, float(corners[1]) - 13))
+        place = (float(corners[0]) + 2, max(0.0, float(corners[1]) - letters - 2))
         draw.rectangle(draw.textbbox(place, said, font=font), fill=colour)
         draw.text(place, said, fill="black" if sum(colour) > 380 else "white", font=font)
     return np.asarray(image)
