@@ -17,7 +17,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 SIDE = 96
-DIGIT = (40, 60)  # px, least and greatest side of a digit's scan
+DIGIT = (40, 56)  # px, least and greatest side of a digit's scan
+TURN = 15  # degrees, at most
 ATTEMPTS = 30  # to find room for another digit
 IMAGES = {"train": 600, "val": 200}
 CLASSES = [str(i) for i in range(10)]
@@ -49,13 +50,13 @@ def _scene(digits, pictures: list[np.ndarray], chosen: np.ndarray, upper: bool, 
     split = picture.shape[0] - max(SIDE, picture.shape[0] // 4)
     picture = picture[:split] if upper else picture[split:]
     row, col = (rng.integers(length - SIDE + 1) for length in picture.shape)
-    image = 127 + picture[row : row + SIDE, col : col + SIDE].astype(np.float32) / 2  # light, for dark ink
+    image = 153 + picture[row : row + SIDE, col : col + SIDE].astype(np.float32) * 0.4  # light, for dark ink
     found, taken = [], np.zeros((SIDE, SIDE), bool)
     for _ in range(ATTEMPTS):
         index, side = chosen[rng.integers(len(chosen))], int(rng.integers(DIGIT[0], DIGIT[1] + 1))
         scan = Image.fromarray((np.pad(digits.images[index], 1) / 16 * 255).astype(np.uint8))
         scan = scan.resize((side, side), Image.Resampling.BICUBIC)
-        ink = np.asarray(scan.rotate(float(rng.uniform(-25, 25)), Image.Resampling.BICUBIC, expand=True)) / 255
+        ink = np.asarray(scan.rotate(float(rng.uniform(-TURN, TURN)), Image.Resampling.BICUBIC, expand=True)) / 255
         top, left = (int(rng.integers(SIDE - n + 1)) for n in ink.shape)
         place = np.s_[top : top + ink.shape[0], left : left + ink.shape[1]]
         if taken[place][ink > 0].any():
