@@ -17,10 +17,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 SIDE = 96
-DIGIT = (40, 56)  # px, least and greatest side of a digit's scan
-TURN = 15  # degrees, at most
+DIGIT = (44, 54)  # px, least and greatest side of a digit's scan
+TURN = 12  # degrees, at most
 ATTEMPTS = 30  # to find room for another digit
-IMAGES = {"train": 600, "val": 200}
+IMAGES = {"train": 600, "val": 150}
 CLASSES = [str(i) for i in range(10)]
 _PHOTOGRAPHS = ("astronaut", "camera", "chelsea", "coffee", "rocket", "brick", "grass", "gravel", "moon", "coins")
 
@@ -50,7 +50,7 @@ def _scene(digits, pictures: list[np.ndarray], chosen: np.ndarray, upper: bool, 
     split = picture.shape[0] - max(SIDE, picture.shape[0] // 4)
     picture = picture[:split] if upper else picture[split:]
     row, col = (rng.integers(length - SIDE + 1) for length in picture.shape)
-    image = 153 + picture[row : row + SIDE, col : col + SIDE].astype(np.float32) * 0.4  # light, for dark ink
+    image = 178 + picture[row : row + SIDE, col : col + SIDE].astype(np.float32) * 0.3  # light, for dark ink
     found, taken = [], np.zeros((SIDE, SIDE), bool)
     for _ in range(ATTEMPTS):
         index, side = chosen[rng.integers(len(chosen))], int(rng.integers(DIGIT[0], DIGIT[1] + 1))

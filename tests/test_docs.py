@@ -41,7 +41,7 @@ PAGES = {
     "docs/segmentation_data.md": 1,
     "docs/detection_data.md": 1,
     "docs/segmentation.md": 5,
-    "docs/detection.md": 3,
+    "docs/detection.md": 5,
     "docs/imbalance.md": 1,
     "docs/scaling.md": 0,
     "docs/fashion_mnist.md": 0,
