@@ -56,8 +56,15 @@ def _close(found: Detections, expected: Detections) -> None:
         torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("system", ["mask_rcnn", "cascade_mask_rcnn"])
-@pytest.mark.parametrize("size", [SIZE, (43, 75)])
+@pytest.mark.parametrize(
+    "system, size",
+    [
+        ("mask_rcnn", (43, 75)),
+        ("cascade_mask_rcnn", SIZE),
+        pytest.param("mask_rcnn", SIZE, marks=pytest.mark.slow),
+        pytest.param("cascade_mask_rcnn", (43, 75), marks=pytest.mark.slow),
+    ],
+)
 @torch.no_grad()
 def test_the_graph_is_the_detector_on_images_of_any_size(system, size):
     network = _network(_config(system, box_score_thresh=0.2))
@@ -88,6 +95,7 @@ def test_a_fused_detector_is_the_detector(system):
     _close(exporting.detect(fused, image), expected)
 
 
+@pytest.mark.slow  # a minute each
 @pytest.mark.parametrize("format", ["onnx", "pt2", "torchscript"])
 @torch.no_grad()
 def test_a_file_finds_what_the_detector_finds_and_nothing_where_it_finds_nothing(format, tmp_path, capsys):
