@@ -75,7 +75,7 @@ def write_boxes(root, ids=(("red", 1), ("blue", 2)), count: int = 16, masks: boo
 
 @pytest.fixture(scope="session")
 def boxes(tmp_path_factory):
-    return write_boxes(tmp_path_factory.mktemp("boxes") / "data")
+    return write_boxes(tmp_path_factory.mktemp("boxes") / "data", count=48)
 
 
 def settings_for(data, output, **kwargs) -> DetectionSettings:
@@ -88,8 +88,9 @@ def fit(settings, resume: bool = False) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def run(boxes, tmp_path_factory):
+    """Few epochs of many steps: what an epoch saves takes longer than to learn it."""
     output = tmp_path_factory.mktemp("detect") / "o"
-    return output, fit(settings_for(boxes, output, epochs=12, lr=1e-3, clip_grad=5.0))
+    return output, fit(settings_for(boxes, output, epochs=4, lr=1e-3, clip_grad=5.0))
 
 
 def test_it_learns_and_the_saved_network_scores_the_same(run, boxes):
@@ -102,12 +103,12 @@ def test_it_learns_and_the_saved_network_scores_the_same(run, boxes):
     task = Detection(settings_for(boxes, output / "again"))
     _, held_out = task.make_datasets(network)
     network.transform.paste, metrics = False, task.make_metrics()
-    for i in range(len(held_out)):
-        batch = held_out.collate([held_out[i]])
+    for i in range(0, len(held_out), SMALL["batch_size"]):
+        batch = held_out.collate([held_out[j] for j in range(i, min(i + SMALL["batch_size"], len(held_out)))])
         metrics.update(task.predict(network, batch), batch)
     figures = metrics.compute()
-    for name in ("box_ap", "mask_ap"):  # a batch of one pads less
-        assert figures[name] == pytest.approx(rows[-1][name], abs=3)
+    for name in ("box_ap", "mask_ap"):
+        assert figures[name] == pytest.approx(rows[-1][name], abs=1e-3)
 
 
 def test_the_truth_as_predictions_scores_100(boxes, tmp_path):
@@ -145,10 +146,11 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     "system, step", [("mask_rcnn", 2), pytest.param("cascade_mask_rcnn", 4, marks=pytest.mark.slow)]
 )
-def test_a_run_killed_at_a_step_goes_on_to_the_same_bits(boxes, tmp_path, monkeypatch, system, step):
+def test_a_run_killed_at_a_step_goes_on_to_the_same_bits(tmp_path, monkeypatch, system, step):
+    few = write_boxes(tmp_path / "few", count=12)
     rich = dict(system=system, epochs=2, ema_decay=0.9, drop_path=0.2, short_sides=(56, 64), save_every_steps=1)
     rich |= dict(epochs=1) if system == "mask_rcnn" else {}
-    fit(settings_for(boxes, tmp_path / "whole", **rich))
+    fit(settings_for(few, tmp_path / "whole", **rich))
     compute, calls = Detection.losses, []
 
     def counting(*args):
@@ -158,7 +160,7 @@ def test_a_run_killed_at_a_step_goes_on_to_the_same_bits(boxes, tmp_path, monkey
         return compute(*args)
 
     monkeypatch.setattr(Detection, "losses", counting)
-    settings = settings_for(boxes, tmp_path / "o", **rich)
+    settings = settings_for(few, tmp_path / "o", **rich)
     with pytest.raises(Killed):
         fit(settings)
     monkeypatch.undo()
@@ -196,7 +198,7 @@ def _course(task: Detection, steps: int) -> list[float]:
 
 
 def test_ids_permuted_with_their_names_give_the_same_course(boxes, tmp_path):
-    other = write_boxes(tmp_path / "other", ids=(("red", 7), ("blue", 90)))
+    other = write_boxes(tmp_path / "other", ids=(("red", 7), ("blue", 90)), count=48)
     tasks = [Detection(settings_for(data, tmp_path / "o")) for data in (boxes, other)]
     assert _course(tasks[0], 3) == _course(tasks[1], 3)
     assert tasks[1].config.category_ids == [7, 90]
@@ -282,7 +284,7 @@ def test_the_command_trains_and_refuses_what_is_wrong(boxes, tmp_path, capsys):
         assert message in error and error.count("\n") == 1
     assert main(given) == 0
     printed = capsys.readouterr().out
-    assert "2 classes, 22 boxes to train on" in printed and "best: epoch 1 with mask_ap" in printed
+    assert re.search(r"2 classes, \d+ boxes to train on", printed) and "best: epoch 1 with mask_ap" in printed
 
 
 def test_metrics_of_nothing_found_are_0():
