@@ -268,8 +268,9 @@ def test_it_starts_from_another_detector_with_new_classes(run, tmp_path):
     assert torch.equal(network.rpn.head.conv[0][0].weight, before["rpn.head.conv.0.0.weight"])
 
 
-def test_the_command_trains_and_refuses_what_is_wrong(boxes, tmp_path, capsys):
-    given = ["train", "--task", "detect", "--data", str(boxes), "--output", str(tmp_path / "o"), "--epochs", "1"]
+def test_the_command_trains_and_refuses_what_is_wrong(tmp_path, capsys):
+    few = write_boxes(tmp_path / "few", count=12)
+    given = ["train", "--task", "detect", "--data", str(few), "--output", str(tmp_path / "o"), "--epochs", "1"]
     given += ["--model-kwargs", "embed_dim=16", "depths=[1,1,1,1]", "num_heads=[1,1,1,1]", "kernel_size=3"]
     given += ["--warmup-epochs", "0", "--workers", "0", "--batch-size", "4", "--val-fraction", "0.25", "--no-crop"]
     given += ["--short-side", "64", "--short-sides", "64", "--detector-kwargs", "rpn_post_nms_top_n_train=32"]
