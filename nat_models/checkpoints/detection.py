@@ -9,14 +9,12 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from .files import read_checkpoint
 from .layouts import convert_state_dict
-from .loading import STEMS, refuse_misfits
-from .unwrapping import mappings
+from .loading import complete
+from .unwrapping import marked
 
 DETECTION_LAYOUTS = ("nat_models", "original")  # ours and mmdetection's
 _BODY, _BACKBONE = "backbone.body.", "backbone."  # of the network's own keys: in ours, in mmdetection's
@@ -58,12 +56,7 @@ def read_rcnn(weights: str | Path | Mapping) -> dict[str, Tensor]:
         CheckpointError: It cannot be read, or holds no such detector or several.
         FileNotFoundError: There is no such file.
     """
-    checkpoint = weights if isinstance(weights, Mapping) else read_checkpoint(weights)
-    found = [
-        {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        for _, tensors in mappings(checkpoint)
-        for prefix in sorted({key.removesuffix(mark) for key in tensors for mark in _MARKS if _ends(key, mark)})
-    ]
+    found = marked(weights, _MARKS)
     if len(found) != 1:
         held = "no detector" if not found else f"{len(found)} detectors"
         raise CheckpointError(f"The checkpoint holds {held}; expected one with {' or '.join(_MARKS)}.")
@@ -71,10 +64,6 @@ def read_rcnn(weights: str | Path | Mapping) -> dict[str, Tensor]:
     if _CLASSIFIER not in ours:
         raise CheckpointError(f"The checkpoint's detector lacks {_CLASSIFIER} (mmdetection: fc_cls of its box head).")
     return ours
-
-
-def _ends(key: str, mark: str) -> bool:
-    return key == mark or key.endswith(f".{mark}")
 
 
 def convert_rcnn(state_dict: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
@@ -137,7 +126,6 @@ def fit_rcnn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Te
     """
     target = model.state_dict()
     fitted = dict(state_dict)
-    fitted |= {key: target[key] for key in target if key.endswith(".num_batches_tracked") and key not in fitted}
     notes = []
     if not model.roi_heads.has_mask():
         masks = [key for key in fitted if ".mask_head." in key or ".mask_predictor." in key]
@@ -148,10 +136,7 @@ def fit_rcnn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Te
         own = [key for key in target if key.startswith("roi_heads.") and any(part in key for part in parts)]
         fitted |= {key: target[key] for key in own}
         notes.append(f"new are {len(own)} tensors that depend on the classes: {', '.join(own)}")
-    for key in (f"{_BODY}{stem}" for stem in STEMS):
-        if key in fitted and key in target and fitted[key].shape[1] != target[key].shape[1]:
-            fitted[key] = adapt_input_conv(target[key].shape[1], fitted[key])
-    refuse_misfits(fitted, target)
+    complete(fitted, target, _BODY)
     if notes:
         has = f"The checkpoint has {found} classes, the model {model.num_classes}"
         warnings.warn(f"{has}: {'; '.join(notes)}. All else is loaded.", stacklevel=4)

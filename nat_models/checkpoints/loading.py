@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 from timm.layers import resize_rel_pos_bias_table_simple
-from timm.models import load_pretrained
+from timm.models import adapt_input_conv, load_pretrained
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
@@ -29,7 +29,7 @@ from .unwrapping import Network, find_network
 
 _LISTED_KEYS = 6
 _HEAD, _NORM, _OUTPUT_NORMS = "head.fc", "norm", "output_norms"
-STEMS = ("patch_embed.proj.0.weight", "patch_embed.proj.weight")
+_STEMS = ("patch_embed.proj.0.weight", "patch_embed.proj.weight")
 
 
 def fit_state_dict(
@@ -69,6 +69,26 @@ def fit_state_dict(
     return state_dict
 
 
+def complete(fitted: dict[str, Tensor], target: Mapping[str, Tensor], prefix: str) -> None:
+    """What segmenters and detectors do last to fit a state dict, in place: counters of batches, which nothing reads,
+    are the model's where they are missing, and a stem is adapted to other input channels as timm does.
+
+    Args:
+        fitted: The state dict.
+        target: The model's.
+        prefix: Of the backbone's keys.
+
+    Raises:
+        CheckpointError: Keys are missing or unexpected, shapes differ; how many and which.
+    """
+    counters = [key for key in target if key.endswith(".num_batches_tracked") and key not in fitted]
+    fitted |= {key: target[key] for key in counters}
+    for key in (f"{prefix}{stem}" for stem in _STEMS):
+        if key in fitted and key in target and fitted[key].shape[1] != target[key].shape[1]:
+            fitted[key] = adapt_input_conv(target[key].shape[1], fitted[key])
+    refuse_misfits(fitted, target)
+
+
 def refuse_misfits(state_dict: Mapping[str, Tensor], target: Mapping[str, Tensor], place: str = "") -> None:
     """Raises a CheckpointError that lists how a state dict does not fit, `target` being the model's.
 
@@ -90,7 +110,7 @@ def refuse_misfits(state_dict: Mapping[str, Tensor], target: Mapping[str, Tensor
 
 
 def _of_other_channels(key: str, value: Tensor, own: Tensor) -> bool:
-    return key in STEMS and value.ndim == 4 and value[:, :1].shape == own[:, :1].shape
+    return key in _STEMS and value.ndim == 4 and value[:, :1].shape == own[:, :1].shape
 
 
 def _list(keys: list[str]) -> str:

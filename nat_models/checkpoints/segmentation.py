@@ -3,14 +3,12 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from .files import read_checkpoint
 from .layouts import LAYOUTS, convert_state_dict
-from .loading import STEMS, refuse_misfits
-from .unwrapping import mappings
+from .loading import complete
+from .unwrapping import marked
 
 _BACKBONE = "backbone."
 _CLASSIFIERS = ("decode_head.conv_seg", "auxiliary_head.conv_seg")
@@ -26,20 +24,11 @@ def read_upernet(weights: str | Path | Mapping) -> dict[str, Tensor]:
         CheckpointError: It cannot be read, or holds no UPerNet or several.
         FileNotFoundError: There is no such file.
     """
-    checkpoint = weights if isinstance(weights, Mapping) else read_checkpoint(weights)
-    found = [
-        {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        for _, tensors in mappings(checkpoint)
-        for prefix in sorted({key.removesuffix(mark) for key in tensors for mark in _MARKS if _ends(key, mark)})
-    ]
+    found = marked(weights, _MARKS)
     if len(found) != 1:
         held = "no UPerNet" if not found else f"{len(found)} UPerNets"
         raise CheckpointError(f"The checkpoint holds {held}; expected one with decode_head.conv_seg.weight.")
     return convert_upernet(found[0], "nat_models")
-
-
-def _ends(key: str, mark: str) -> bool:
-    return key == mark or key.endswith(f".{mark}")
 
 
 def convert_upernet(state_dict: Mapping[str, Tensor], layout: str, *, model_type: str = "nat") -> dict[str, Tensor]:
@@ -87,12 +76,7 @@ def fit_upernet(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str,
     """
     target = model.state_dict()
     fitted = dict(state_dict)
-    own = [key for key in target if key.endswith(".num_batches_tracked") and key not in fitted]
     if num_classes_of(state_dict) != model.num_classes:
-        own += [f"{head}.{name}" for head in _CLASSIFIERS for name in ("weight", "bias")]
-    fitted |= {key: target[key] for key in own}
-    for key in (f"{_BACKBONE}{stem}" for stem in STEMS):
-        if key in fitted and key in target and fitted[key].shape[1] != target[key].shape[1]:
-            fitted[key] = adapt_input_conv(target[key].shape[1], fitted[key])
-    refuse_misfits(fitted, target)
+        fitted |= {key: target[key] for key in (f"{head}.{x}" for head in _CLASSIFIERS for x in ("weight", "bias"))}
+    complete(fitted, target, _BACKBONE)
     return fitted

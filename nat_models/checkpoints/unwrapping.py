@@ -1,13 +1,15 @@
 """Finding a network in a training checkpoint by its keys, at any depth and after any prefix."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from .files import read_checkpoint
 from .layouts import detect_layout
 
 # The first convolution, whole or split by an adapter or a parametrization: a NAT has it in every layout, and after the
@@ -103,6 +105,26 @@ def mappings(value: object, path: tuple = ()) -> Iterator[tuple[tuple, dict[str,
         return
     for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
         yield from mappings(inner, (*path, key))
+
+
+def marked(weights: str | Path | Mapping, marks: Collection[str]) -> list[dict[str, Tensor]]:
+    """The networks in a file, or in what it holds, that have one of the keys: all of their tensors, at any depth and
+    after any prefix, which is taken off.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+        FileNotFoundError: There is no such file.
+    """
+    checkpoint = weights if isinstance(weights, Mapping) else read_checkpoint(weights)
+    return [
+        {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        for _, tensors in mappings(checkpoint)
+        for prefix in sorted({key.removesuffix(mark) for key in tensors for mark in marks if _ends(key, mark)})
+    ]
+
+
+def _ends(key: str, mark: str) -> bool:
+    return key == mark or key.endswith(f".{mark}")
 
 
 def _is_counter(key: str, value: Tensor) -> bool:
