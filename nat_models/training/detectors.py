@@ -1,17 +1,15 @@
 """Folders of detectors: what they are, what their classes are, and how images are prepared for them."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from torch import nn
 
-from ..checkpoints.saving import save_tensors
-from ..errors import UserError
 from ..networks.cascade_rcnn import cascade_mask_rcnn
 from ..networks.detector import Detector
 from ..networks.mask_rcnn import mask_rcnn
+from .folders import WEIGHTS, find_folder, open_folder, write_folder
 
 SYSTEMS = {"mask_rcnn": mask_rcnn, "cascade_mask_rcnn": cascade_mask_rcnn}
 
@@ -70,13 +68,12 @@ class DetectorConfig:
 
 def save_detector(network: nn.Module, folder: Path, config: DetectorConfig) -> None:
     """Writes config.json and model.safetensors into a folder that exists."""
-    save_tensors(network.state_dict(), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(dict(architecture=config.system, **asdict(config)), indent=2))
+    write_folder(network, folder, dict(architecture=config.system, **asdict(config)))
 
 
 def is_detector(folder: Path) -> bool:
     """Whether save_detector wrote the folder, or the best/ of a run in it."""
-    return _find(folder) is not None
+    return find_folder(folder, SYSTEMS) is not None
 
 
 def detector_of(folder: Path) -> DetectorConfig:
@@ -96,23 +93,10 @@ def load_detector(folder: Path) -> tuple[Detector, DetectorConfig]:
         CheckpointError: The weights cannot be read, or do not fit.
     """
     found, config = _open(folder)
-    return config.make_network(found / "model.safetensors").eval(), config
+    return config.make_network(found / WEIGHTS).eval(), config
 
 
 def _open(folder: Path) -> tuple[Path, DetectorConfig]:
-    found = _find(folder)
-    if found is None:
-        raise UserError(f"{folder} holds no detector: a folder that `train --task detect` wrote, or best/ in it.")
-    config = json.loads((found / "config.json").read_text())
+    found, config = open_folder(folder, SYSTEMS, "detector", "detect")
     del config["architecture"]
     return found, DetectorConfig(**config)
-
-
-def _find(folder: Path) -> Path | None:
-    for path in (folder, folder / "best"):
-        try:
-            if json.loads((path / "config.json").read_text()).get("architecture") in SYSTEMS:
-                return path
-        except (OSError, ValueError, AttributeError):
-            continue
-    return None

@@ -1,17 +1,13 @@
 """Folders of segmenters: what they are, what their classes are, and how images are prepared for them."""
 
-import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import nn
 
-from ..checkpoints.files import read_config
-from ..checkpoints.saving import save_tensors
-from ..errors import UserError
 from ..networks.upernet import UPerNet, upernet
+from .folders import WEIGHTS, find_folder, open_folder, write_folder
 
 _ARCHITECTURE = "upernet"
 _ANY = 1_000_000  # px, longer than any image
@@ -58,14 +54,12 @@ class Segmenter:
 
 def save_segmenter(network: nn.Module, folder: Path, about: Segmenter) -> None:
     """Writes config.json and model.safetensors into a folder that exists."""
-    save_tensors(network.state_dict(), folder / "model.safetensors")
-    config = dict(architecture=_ARCHITECTURE, **asdict(about))
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    write_folder(network, folder, dict(architecture=_ARCHITECTURE, **asdict(about)))
 
 
 def is_segmenter(folder: Path) -> bool:
     """Whether save_segmenter wrote the folder, or the best/ of a run in it."""
-    return _find(folder) is not None
+    return find_folder(folder, (_ARCHITECTURE,)) is not None
 
 
 def segmenter_of(folder: Path) -> Segmenter:
@@ -86,22 +80,11 @@ def load_segmenter(folder: Path) -> tuple[UPerNet, Segmenter]:
     """
     found, about = _open(folder)
     kwargs = dict(num_classes=len(about.classes), channels=about.channels)
-    network = upernet(about.backbone, weights=found / "model.safetensors", **kwargs, **about.backbone_kwargs)
+    network = upernet(about.backbone, weights=found / WEIGHTS, **kwargs, **about.backbone_kwargs)
     return network.eval(), about
 
 
 def _open(folder: Path) -> tuple[Path, Segmenter]:
-    found = _find(folder)
-    if found is None:
-        raise UserError(f"{folder} holds no segmenter: a folder that `train --task segment` wrote, or best/ in it.")
-    config = read_config(found / "config.json")
+    found, config = open_folder(folder, (_ARCHITECTURE,), "segmenter", "segment")
     del config["architecture"]
     return found, Segmenter(**config)
-
-
-def _find(folder: Path) -> Path | None:
-    for path in (folder, folder / "best"):
-        with suppress(UserError):
-            if read_config(path / "config.json").get("architecture") == _ARCHITECTURE:
-                return path
-    return None

@@ -5,19 +5,18 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...errors import UserError
 from ...networks.detector import DetectorSettings
 from ..anchors import ANCHOR_SIZES, note_anchors
+from ..backbones import backbone_kwargs, mean_and_std, synchronised, weights_kwargs
 from ..box_sets import LONG_SIDE, SHORT_SIDES, BoxSet, make_box_augmentation, make_box_evaluation
 from ..boxes import count_objects, read_box_data
 from ..cards import facts_of, model_card
 from ..coco_results import CocoMetrics
 from ..detecting import detect
 from ..detectors import SYSTEMS, DetectorConfig, save_detector
-from ..mask_sets import IMAGENET_MEAN, IMAGENET_STD, band_statistics
 from ..settings import Settings, option
 
 _LISTED = 30  # classes whose AP is told epoch by epoch
@@ -119,24 +118,15 @@ class Detection:
         self.panels = (("loss", ("train_loss",)), ("percent", figures))
         self.draws = None
         self.config = self._describe()
-        self.data_config = dict(
-            input_size=(self._in_chans, s.short_side, s.short_side), mean=self.config.mean, std=self.config.std
-        )
-
-    @property
-    def _in_chans(self) -> int:
-        return 3 if self.settings.in_chans is None else self.settings.in_chans
+        self._in_chans = self.config.backbone_kwargs["in_chans"]
+        sides = self._in_chans, s.short_side, s.short_side
+        self.data_config = dict(input_size=sides, mean=self.config.mean, std=self.config.std)
 
     def _describe(self) -> DetectorConfig:
         """What the saved folder will say of the network."""
         s = self.settings
-        mean, std = s.mean, s.std
-        if mean is None or std is None:
-            colour = self._in_chans == 3
-            mean, std = (IMAGENET_MEAN, IMAGENET_STD) if colour else band_statistics(self.train.images, self._in_chans)
-        kwargs = dict(s.model_kwargs, in_chans=self._in_chans)
-        if s.drop_path is not None:
-            kwargs["drop_path_rate"] = s.drop_path
+        kwargs = backbone_kwargs(s)
+        mean, std = mean_and_std(s, self.train.images, kwargs["in_chans"])
         found = dict(box_score_thresh=s.box_score_thresh, box_detections_per_img=s.max_dets)
         return DetectorConfig(
             system=s.system,
@@ -146,25 +136,20 @@ class Detection:
             category_ids=list(self.data.category_ids),
             colours=[list(colour) for colour in self.data.colours],
             masks=self.data.masks,
-            mean=list(mean),
-            std=list(std),
+            mean=mean,
+            std=std,
             short_side=s.short_side,
             long_side=s.long_side,
             settings=dict(s.detector_kwargs, anchor_sizes=list(s.anchor_sizes), **found),
         )
 
     def make_network(self, initial_weights: bool) -> nn.Module:
-        s, kwargs = self.settings, {}
-        if initial_weights and s.checkpoint is not None:
-            kwargs = dict(pretrained=True, pretrained_cfg_overlay=dict(file=s.checkpoint, source=""))
-        elif initial_weights:
-            kwargs = dict(pretrained=s.pretrained)
+        s = self.settings
         # The augmentation has resized the images; a test leaves that to the network.
-        network = self.config.make_network(s.weights if initial_weights else None, resize_in_training=False, **kwargs)
+        kwargs = dict(weights_kwargs(s, initial_weights), resize_in_training=False)
+        network = self.config.make_network(s.weights if initial_weights else None, **kwargs)
         network.transform.paste = False
-        if dist.is_available() and dist.is_initialized() and torch.cuda.is_available():
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        return network
+        return synchronised(network)
 
     def make_datasets(self, network: nn.Module) -> tuple[BoxSet, BoxSet]:
         s = self.settings

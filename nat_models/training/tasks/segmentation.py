@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -13,8 +11,9 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ...errors import UserError
 from ...networks.upernet import upernet
+from ..backbones import backbone_kwargs, mean_and_std, synchronised, weights_kwargs
 from ..cards import facts_of, model_card
-from ..mask_sets import IMAGENET_MEAN, IMAGENET_STD, MaskSet, band_statistics, make_augmentation, make_evaluation
+from ..mask_sets import MaskSet, make_augmentation, make_evaluation
 from ..mask_values import IGNORE
 from ..masks import read_mask_data
 from ..pixel_losses import LOSSES, pixel_loss
@@ -135,24 +134,16 @@ class Segmentation:
     def _describe(self) -> Segmenter:
         """What the saved folder will say of the network."""
         s = self.settings
-        in_chans = 3 if s.in_chans is None else s.in_chans
-        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if in_chans == 3 else (None, None)
-        if s.mean is None or s.std is None:
-            if mean is None:
-                mean, std = band_statistics(self.train.images, in_chans)
-        else:
-            mean, std = s.mean, s.std
-        kwargs = dict(s.model_kwargs, in_chans=in_chans)
-        if s.drop_path is not None:
-            kwargs["drop_path_rate"] = s.drop_path
+        kwargs = backbone_kwargs(s)
+        mean, std = mean_and_std(s, self.train.images, kwargs["in_chans"])
         return Segmenter(
             backbone=s.model,
             backbone_kwargs=kwargs,
             channels=s.channels,
             classes=self.classes,
             colours=[list(colour) for colour in self.data.colours],
-            mean=list(mean),
-            std=list(std),
+            mean=mean,
+            std=std,
             short_side=s.short_side,
             long_side=s.long_side,
         )
@@ -160,14 +151,8 @@ class Segmentation:
     def make_network(self, initial_weights: bool) -> nn.Module:
         s, about = self.settings, self.about_network
         kwargs = dict(num_classes=len(self.classes), channels=about.channels, head_drop_rate=s.head_drop_rate)
-        kwargs |= about.backbone_kwargs
-        if initial_weights and s.checkpoint is not None:
-            kwargs |= dict(pretrained=True, pretrained_cfg_overlay=dict(file=s.checkpoint, source=""))
-        elif initial_weights:
-            kwargs["pretrained"] = s.pretrained
-        network = upernet(about.backbone, weights=s.weights if initial_weights else None, **kwargs)
-        if dist.is_available() and dist.is_initialized() and torch.cuda.is_available():
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        kwargs |= about.backbone_kwargs | weights_kwargs(s, initial_weights)
+        network = synchronised(upernet(about.backbone, weights=s.weights if initial_weights else None, **kwargs))
         network.keep_statistics = s.batch_norm != "batch"
         for module in network.modules() if s.batch_norm == "frozen" else ():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
