@@ -33,7 +33,7 @@ from ..training.evaluation import table
 from ..training.report import console, track
 from ..training.segmenting import check_tile
 from ..writing import csv_text, write_atomically, writing
-from .held_out import asked, check_same, held_out, is_own_data, settings_of_run
+from .held_out import check_same, chosen_part, held_out_or_all, is_own_data, settings_of_run
 
 THRESHOLD = 0.5  # of the confusion matrix, unless it is given
 _READING = ("group", "mask_orientation", "skip_bad_annotations")  # of a run, how its annotations are read
@@ -66,13 +66,11 @@ def _read(args: argparse.Namespace, name: str, config: DetectorConfig) -> tuple[
     own = is_own_data(args, run)
     given = {key: run[key] for key in _READING if key in run} if own else {}
     given["skip_bad_annotations"] = bool(args.skip_bad_annotations or given.get("skip_bad_annotations"))
-    # Of one folder without parts: what the run held out, or of other data all.
-    held = held_out(args, run) if own else dict(val_fraction=None) | asked(args, ("val_fraction", "seed"))
     if args.masks and not config.masks:
         raise UserError(f"{name} finds boxes alone: there are no --masks to measure.")
     data = read_box_data(
         args.data,
-        **held,
+        **held_out_or_all(args, run),
         **given,
         names=config.classes,
         allow_empty=True,
@@ -81,12 +79,7 @@ def _read(args: argparse.Namespace, name: str, config: DetectorConfig) -> tuple[
         masks=args.masks if config.masks else False,
         max_dets=_max_dets(config),
     )
-    part = args.split or "val"
-    if part not in data.parts:
-        raise UserError(f"{args.data} has no part {part}, only {', '.join(data.parts)}.")
-    for note in data.notes:
-        console.print(note)
-    return data, part
+    return data, chosen_part(args, data)
 
 
 def _max_dets(config: DetectorConfig) -> int:

@@ -19,7 +19,7 @@ from ..training.segmenters import Segmenter, load_segmenter
 from ..training.segmenting import check_tile, segment
 from ..training.tasks.segmentation import scores
 from ..writing import write_atomically, writing
-from .held_out import asked, check_same, held_out, is_own_data, settings_of_run
+from .held_out import asked, check_same, chosen_part, held_out_or_all, is_own_data, settings_of_run
 
 _READING = ("classes", "reduce_zero_label", "mask_values", "group")  # of a run, how its masks are read
 
@@ -51,17 +51,15 @@ def _read(args: argparse.Namespace, name: str, about: Segmenter) -> tuple[MaskDa
     given = {key: run.get(key) for key in _READING} if own else {}
     given |= asked(args, ("classes", "mask_values"))
     given["reduce_zero_label"] = bool(args.reduce_zero_label or given.get("reduce_zero_label"))
-    # Of one folder without parts: what the run held out, or of other data all.
-    held = held_out(args, run) if own else dict(val_fraction=None) | asked(args, ("val_fraction", "seed"))
     data = read_mask_data(
-        args.data, **held, **given, names=about.classes, allow_empty=True, skip_unreadable=args.skip_unreadable
+        args.data,
+        **held_out_or_all(args, run),
+        **given,
+        names=about.classes,
+        allow_empty=True,
+        skip_unreadable=args.skip_unreadable,
     )
-    part = args.split or "val"
-    if part not in data.parts:
-        raise UserError(f"{args.data} has no part {part}, only {', '.join(data.parts)}.")
-    for note in data.notes:
-        console.print(note)
-    return data, part
+    return data, chosen_part(args, data)
 
 
 def _evaluate(

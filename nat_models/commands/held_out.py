@@ -7,6 +7,9 @@ from pathlib import Path
 import yaml
 
 from ..errors import UserError
+from ..training.boxes import BoxData
+from ..training.masks import MaskData
+from ..training.report import console
 
 
 def settings_of_run(folder: Path) -> dict:
@@ -25,6 +28,27 @@ def held_out(args: argparse.Namespace, run: dict) -> dict:
     """What is held out, by --val-fraction and --seed, or else as the run did."""
     held = dict(val_fraction=run.get("val_fraction", 0.1), seed=run.get("seed", 0))
     return held | asked(args, held)
+
+
+def held_out_or_all(args: argparse.Namespace, run: dict) -> dict:
+    """Of one folder without parts: what the run held out of its own data, or of other data all, unless flags say."""
+    if is_own_data(args, run):
+        return held_out(args, run)
+    return dict(val_fraction=None) | asked(args, ("val_fraction", "seed"))
+
+
+def chosen_part(args: argparse.Namespace, data: MaskData | BoxData) -> str:
+    """The part that --split names, or else "val"; prints what is to be said of the data.
+
+    Raises:
+        UserError: The data have no such part.
+    """
+    part = args.split or "val"
+    if part not in data.parts:
+        raise UserError(f"{args.data} has no part {part}, only {', '.join(data.parts)}.")
+    for note in data.notes:
+        console.print(note)
+    return part
 
 
 def asked(args: argparse.Namespace, names: Sequence[str]) -> dict:
