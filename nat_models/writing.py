@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from safetensors import SafetensorError
 
@@ -26,6 +27,19 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(temporary, path)
+
+
+@contextmanager
+def text_file(path: Path) -> Iterator[TextIO]:
+    """A text file that is written as its rows come, under a temporary name until all is well. Names of files may stand
+    in it, which are bytes of any encoding. What the disk refuses meanwhile is an error of one line."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with writing(path), open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def swap_folder(new: Path, path: Path) -> None:

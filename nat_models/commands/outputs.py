@@ -1,10 +1,15 @@
-"""Folders that `nat-models predict` writes: where they may lie, and what the files of an image are called."""
+"""Folders that `nat-models predict` writes, for each image files of its name: where they may lie, and those names."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
+
+import torch
 
 from ..errors import UserError
 from ..training.decoding import Encoded, describe
+from ..training.mask_sets import read_image
+from ..training.report import track
 from ..writing import write_atomically
 
 
@@ -17,7 +22,34 @@ def check_output(output: Path, sources: Sequence[str]) -> None:
             )
 
 
-def stem_of(image: Encoded, taken: dict[str, str], what: str) -> str:
+def read_pictures(
+    chunks: Iterable[Sequence[Encoded]], bands: int, what: str, *, skip_unreadable: bool
+) -> Iterator[tuple[Encoded, str, torch.Tensor]]:
+    """Images with the stems of their files, see `_stem_of`, and their pixels (bands, height, width).
+
+    Raises:
+        UserError: An image cannot be read, unless they are skipped; none can; or two have the same stem.
+    """
+    taken: dict[str, str] = {}
+    read = skipped = 0
+    for images in chunks:
+        for image in track(images, "images"):
+            stem = _stem_of(image, taken, what)
+            try:
+                picture = read_image(image, bands)
+            except UserError as e:
+                if not skip_unreadable:
+                    raise
+                print(f"skipped: {e}", file=sys.stderr)
+                skipped += 1
+                continue
+            read += 1
+            yield image, stem, picture
+    if skipped and not read:
+        raise UserError(f"None of the {skipped} images can be read.")
+
+
+def _stem_of(image: Encoded, taken: dict[str, str], what: str) -> str:
     """The image's name without its suffix, below the folder that it was found in; of a single file the last part.
 
     Args:

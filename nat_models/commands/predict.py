@@ -56,7 +56,7 @@ from ..training.models import (
 )
 from ..training.segmenters import is_segmenter
 from ..training.splits import find_images
-from ..writing import writing
+from ..writing import text_file, writing
 from .predict_boxes import predict_boxes
 from .predict_masks import predict_masks
 
@@ -189,13 +189,8 @@ def _writer(args: argparse.Namespace):
             sys.stdout.reconfigure(errors="surrogateescape")  # names of files are bytes, whatever the terminal's are
         yield _formatter(args, sys.stdout)
         return
-    temporary = args.output.with_name(f"{args.output.name}.tmp")
-    try:
-        with writing(args.output), open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            yield _formatter(args, file)
-        os.replace(temporary, args.output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with text_file(args.output) as file:
+        yield _formatter(args, file)
 
 
 def _formatter(args: argparse.Namespace, file: TextIO):

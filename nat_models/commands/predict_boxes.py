@@ -3,23 +3,18 @@
 import argparse
 import csv
 import json
-import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
-from typing import TextIO
 
 from ..errors import UserError
 from ..training.decoding import Encoded, describe
 from ..training.detecting import find, open_detector
 from ..training.detections import FIELDS, MASK_FIELDS, coco_results, object_rows, picture_jpeg
 from ..training.detectors import DetectorConfig
-from ..training.mask_sets import read_image
-from ..training.report import track
 from ..training.segmenting import check_tile
-from ..writing import write_atomically, writing
-from .outputs import check_output, stem_of, write_below
+from ..writing import text_file, write_atomically, writing
+from .outputs import check_output, read_pictures, write_below
 
 LEAST_SHOWN = 0.5  # score of what is in pictures and in the table, unless --threshold is given
 
@@ -39,37 +34,26 @@ def predict_boxes(args: argparse.Namespace, chunks: Iterator[Sequence[Encoded]])
     options = dict(tile=args.tile, nms_thresh=config.settings.get("box_nms_thresh", 0.5), precision=args.precision)
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
-    taken, owners, listed, count, skipped = {}, {}, [], 0, 0
+    owners, listed, count = {}, [], 0
     with ExitStack() as files:
         write = files.enter_context(_array(output / "detections.json"))
-        table = csv.writer(files.enter_context(_opened(output / "objects.csv")), lineterminator="\n")
+        table = csv.writer(files.enter_context(text_file(output / "objects.csv")), lineterminator="\n")
         table.writerow([*FIELDS, *(MASK_FIELDS if config.masks else ())])
-        for images in chunks:
-            for image in track(images, "images"):
-                stem = stem_of(image, taken, "picture .jpg")
-                try:
-                    picture = read_image(image, len(config.mean))
-                except UserError as e:
-                    if not args.skip_unreadable:
-                        raise
-                    print(f"skipped: {e}", file=sys.stderr)
-                    skipped += 1
-                    continue
-                image_id = number(image)
-                if (other := owners.setdefault(image_id, describe(image))) != describe(image):
-                    raise UserError(f"{other} and {describe(image)} would both have the image id {image_id}.")
-                height, width = picture.shape[1:]
-                listed.append(dict(id=image_id, file_name=image.name, height=height, width=width))
-                found = find(network, picture, name=describe(image), **options)
-                found = found if args.threshold is None else found.above(args.threshold)
-                shown = found.above(LEAST_SHOWN) if args.threshold is None else found
-                count += len(shown)
-                with writing(output):
-                    write(coco_results(found, image_id, config))
-                    table.writerows(object_rows(shown, describe(image), image_id, config))
-                    write_below(output / "pictures" / f"{stem}.jpg", picture_jpeg(picture, shown, config))
-        if skipped and not listed:
-            raise UserError(f"None of the {skipped} images can be read.")
+        pictures = read_pictures(chunks, len(config.mean), "picture .jpg", skip_unreadable=args.skip_unreadable)
+        for image, stem, picture in pictures:
+            image_id = number(image)
+            if (other := owners.setdefault(image_id, describe(image))) != describe(image):
+                raise UserError(f"{other} and {describe(image)} would both have the image id {image_id}.")
+            height, width = picture.shape[1:]
+            listed.append(dict(id=image_id, file_name=image.name, height=height, width=width))
+            found = find(network, picture, name=describe(image), **options)
+            found = found if args.threshold is None else found.above(args.threshold)
+            shown = found.above(LEAST_SHOWN) if args.threshold is None else found
+            count += len(shown)
+            with writing(output):
+                write(coco_results(found, image_id, config))
+                table.writerows(object_rows(shown, describe(image), image_id, config))
+                write_below(output / "pictures" / f"{stem}.jpg", picture_jpeg(picture, shown, config))
         with writing(output):
             write_atomically(output / "images.json", json.dumps(_described(listed, config), indent=1))
     said = f"{count} objects of a score from {LEAST_SHOWN if args.threshold is None else args.threshold} on"
@@ -83,23 +67,9 @@ def _described(images: list[dict], config: DetectorConfig) -> dict:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[TextIO]:
-    """A text file under a temporary name, which becomes `path` when all is well."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with writing(path):
-            file = open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
-        with file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
 def _array(path: Path) -> Iterator[Callable[[Sequence[dict]], None]]:
     """A function that adds entries to a JSON array, an entry a line; none of them is kept in memory."""
-    with _opened(path) as file:
+    with text_file(path) as file:
         before = "["
 
         def write(entries: Sequence[dict]) -> None:

@@ -2,21 +2,16 @@
 
 import argparse
 import csv
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from ..errors import UserError
 from ..training.decoding import Encoded, describe
-from ..training.mask_sets import read_image
-from ..training.report import track
 from ..training.segmenters import load_segmenter
 from ..training.segmenting import areas, check_tile, label_png, overlay_jpeg, segment
-from ..writing import writing
-from .outputs import check_output, stem_of, write_below
+from ..writing import text_file, writing
+from .outputs import check_output, read_pictures, write_below
 
 _FIELDS = ("image", "class", "pixels", "percent")
 
@@ -34,31 +29,17 @@ def predict_masks(args: argparse.Namespace, chunks: Iterator[Sequence[Encoded]])
     network = network.to(torch.device(args.device))
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
-    taken, skipped, temporary = {}, 0, output / "areas.csv.tmp"
-    try:
-        with writing(output), open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            writer = csv.DictWriter(file, _FIELDS, lineterminator="\n")
-            writer.writeheader()
-            for images in chunks:
-                for image in track(images, "images"):
-                    stem = stem_of(image, taken, "label map .png")
-                    try:
-                        picture = read_image(image, len(about.mean))
-                    except UserError as e:
-                        if not args.skip_unreadable:
-                            raise
-                        print(f"skipped: {e}", file=sys.stderr)
-                        skipped += 1
-                        continue
-                    options = dict(tile=args.tile, multi_scale=args.multi_scale, precision=args.precision)
-                    labels = segment(network, about, picture, name=describe(image), **options)
-                    write_below(output / "masks" / f"{stem}.png", label_png(labels, about))
-                    write_below(output / "overlays" / f"{stem}.jpg", overlay_jpeg(picture, labels, about))
-                    writer.writerows(areas(labels, image, about))
-                    file.flush()
-            if skipped == len(taken) > 0:
-                raise UserError(f"None of the {skipped} images can be read.")
-        os.replace(temporary, output / "areas.csv")
-    finally:
-        temporary.unlink(missing_ok=True)
-    print(f"look at {output}: masks/, overlays/ and areas.csv of {len(taken) - skipped} images")
+    options = dict(tile=args.tile, multi_scale=args.multi_scale, precision=args.precision)
+    count = 0
+    with text_file(output / "areas.csv") as file:
+        writer = csv.DictWriter(file, _FIELDS, lineterminator="\n")
+        writer.writeheader()
+        pictures = read_pictures(chunks, len(about.mean), "label map .png", skip_unreadable=args.skip_unreadable)
+        for image, stem, picture in pictures:
+            labels = segment(network, about, picture, name=describe(image), **options)
+            write_below(output / "masks" / f"{stem}.png", label_png(labels, about))
+            write_below(output / "overlays" / f"{stem}.jpg", overlay_jpeg(picture, labels, about))
+            writer.writerows(areas(labels, image, about))
+            file.flush()
+            count += 1
+    print(f"look at {output}: masks/, overlays/ and areas.csv of {count} images")

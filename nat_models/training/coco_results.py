@@ -60,17 +60,17 @@ class Precisions:
     @property
     def per_class(self) -> np.ndarray:
         """[C] AP in percent; nan for a class without a true object."""
-        return np.array([_mean(self.precision[..., i]) for i in range(self.precision.shape[-1])])
+        return np.array([mean_precision(self.precision[..., i]) for i in range(self.precision.shape[-1])])
 
     def figures(self, kind: str) -> dict[str, float]:
         """AP, AP50, AP75, AP by size, and the average recall, in percent; nan where there is no true object."""
         result = {
-            f"{kind}_ap": _mean(self.precision),
-            f"{kind}_ap50": _mean(self.precision[0]),
-            f"{kind}_ap75": _mean(self.precision[5]),
+            f"{kind}_ap": mean_precision(self.precision),
+            f"{kind}_ap50": mean_precision(self.precision[0]),
+            f"{kind}_ap75": mean_precision(self.precision[5]),
         }
-        result |= {f"{kind}_ap_{size}": _mean(self.by_size[size]) for size in _SIZES}
-        return result | {f"{kind}_ar": _mean(self.recall)}
+        result |= {f"{kind}_ap_{size}": mean_precision(self.by_size[size]) for size in _SIZES}
+        return result | {f"{kind}_ar": mean_precision(self.recall)}
 
 
 class CocoMetrics(nn.Module):
@@ -130,7 +130,8 @@ class CocoMetrics(nn.Module):
         return figures
 
 
-def _mean(values: np.ndarray) -> float:
+def mean_precision(values: np.ndarray) -> float:
+    """The mean in percent of values in [0, 1], without those of -1, COCO's for nothing to find; nan if all are."""
     known = values[values > -1]
     return 100 * float(known.mean()) if known.size else float("nan")
 

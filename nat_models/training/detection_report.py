@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .coco_results import Precisions
+from .coco_results import Precisions, mean_precision
 from .detections import Detections, draw_on
 from .detectors import DetectorConfig
 from .drawing import draw_confusion, draw_truth, png
@@ -161,15 +161,10 @@ def class_rows(details: Mapping[str, Precisions], confusion: Confusion, config: 
     for label, (name, number) in enumerate(zip(config.classes, config.ids(), strict=True)):
         row = {"class": name, "category_id": number}
         for kind, found in details.items():
-            row |= {f"{kind}_ap": found.per_class[label], f"{kind}_ap50": _percent(found.precision[0, :, label])}
+            row |= {f"{kind}_ap": found.per_class[label], f"{kind}_ap50": mean_precision(found.precision[0, :, label])}
         f1, score = curve_of(details["box"], label, int(confusion.matrix[label].sum())).best()
         rows.append(row | confusion.figures(label) | dict(best_f1=100 * f1, score_of_best_f1=score))
     return rows
-
-
-def _percent(precision: np.ndarray) -> float:
-    known = precision[precision > -1]
-    return 100 * float(known.mean()) if known.size else float("nan")
 
 
 def curve_rows(details: Mapping[str, Precisions], names: Sequence[str], counts: np.ndarray) -> list[list]:

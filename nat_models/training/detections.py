@@ -1,6 +1,5 @@
 """Objects found on one image, and the forms in which people take them: COCO's results, rows of a table, pictures."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,12 +7,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional
 
 from .detectors import DetectorConfig
-from .drawing import draw_objects
+from .drawing import draw_objects, encoded
 from .instance_masks import InstanceMasks
-from .mask_sets import fitted, to_picture
+from .mask_sets import shrunk, to_picture
 from .outlines import Outlines, run_lengths
 
 FIELDS = ("image", "image_id", "class", "category_id", "score", "x", "y", "width", "height")
@@ -88,9 +86,7 @@ def picture_jpeg(image: Tensor, found: Detections, config: DetectorConfig) -> by
     """The image [C, H, W] with boxes, masks, names and scores on it; at most 2048 px wide or high."""
     masks = None if found.codes is None else InstanceMasks(Outlines.of(found.codes), found.size)
     drawn = draw_on(image, found.boxes, found.labels, config, masks=masks, scores=found.scores)
-    buffer = io.BytesIO()
-    Image.fromarray(drawn).save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
+    return encoded(Image.fromarray(drawn), "JPEG", quality=90)
 
 
 def draw_on(
@@ -117,9 +113,7 @@ def draw_on(
         longest: See above.
     """
     size = tuple(image.shape[1:])
-    if (factor := longest / max(size)) < 1:
-        image = functional.resize(image, list(fitted(size, None, factor)), antialias=True)
-    picture = to_picture(image)
+    picture = to_picture(shrunk(image, longest))
     height, width = picture.shape[:2]
     ratios = np.array([width / size[1], height / size[0]] * 2, np.float32)
     return draw_objects(

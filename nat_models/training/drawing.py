@@ -25,6 +25,13 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def encoded(picture: Image, format: str, **kwargs) -> bytes:
+    """A picture as the bytes of a file; `kwargs` are Pillow's of the format."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format, **kwargs)
+    return buffer.getvalue()
+
+
 def draw_confusion(matrix: np.ndarray, names: Sequence[str]) -> Figure:
     """[true, predicted] counts as a picture, each row in percent of its class."""
     title = "confusion matrix: percent of each true class"

@@ -319,6 +319,12 @@ def band_statistics(images: Sequence[Encoded], in_chans: int, most: int = 200) -
     return mean.tolist(), (squares / count - mean**2).clamp(min=0).sqrt().tolist()
 
 
+def shrunk(image: Tensor, longest: int) -> Tensor:
+    """An image [C, H, W] as it is, or resized to `longest` px if it is wider or higher."""
+    factor = longest / max(image.shape[1:])
+    return image if factor >= 1 else F.resize(image, list(fitted(image.shape[1:], None, factor)), antialias=True)
+
+
 def to_picture(image: Tensor, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> np.ndarray:
     """[H, W, 3] uint8 to look at, of an image [C, H, W]: its first three bands, or the first as grey.
 

@@ -1,6 +1,5 @@
 """What a segmenter says of images: label maps, whole, at several scales or in tiles; areas, and pictures of them."""
 
-import io
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -14,8 +13,8 @@ from torchvision.transforms.v2 import functional
 from ..errors import UserError
 from ..networks.upernet import UPerNet
 from .decoding import Encoded, describe
-from .drawing import overlay
-from .mask_sets import fitted, to_picture
+from .drawing import encoded, overlay
+from .mask_sets import fitted, shrunk, to_picture
 from .models import computing
 from .segmenters import Segmenter
 
@@ -156,7 +155,7 @@ def label_png(labels: np.ndarray, about: Segmenter) -> bytes:
     """A label map as a PNG of 8 bits whose values are the classes; a palette shows them in their colours."""
     picture = Image.fromarray(labels)
     picture.putpalette([part for colour in about.colours for part in colour])
-    return _encoded(picture, "PNG")
+    return encoded(picture, "PNG")
 
 
 def areas(labels: np.ndarray, image: Encoded, about: Segmenter) -> list[dict]:
@@ -171,10 +170,7 @@ def areas(labels: np.ndarray, image: Encoded, about: Segmenter) -> list[dict]:
 def overlay_jpeg(image: Tensor, labels: np.ndarray, about: Segmenter) -> bytes:
     """The image [C, H, W] under its classes' colours, with a legend of those that occur; at most 2048 px wide or
     high."""
-    size = image.shape[1:]
-    if (factor := _SHOWN / max(size)) < 1:
-        image = functional.resize(image, list(fitted(size, None, factor)), antialias=True)
-    shown = Image.fromarray(to_picture(image))
+    shown = Image.fromarray(to_picture(shrunk(image, _SHOWN)))
     small = np.asarray(Image.fromarray(labels).resize(shown.size, Image.Resampling.NEAREST))
     blended = Image.fromarray(overlay(np.asarray(shown), small, about.colours, 0.5))
     counts = np.bincount(labels.ravel(), minlength=len(about.classes))
@@ -193,10 +189,4 @@ def overlay_jpeg(image: Tensor, labels: np.ndarray, about: Segmenter) -> bytes:
         top = height // 2 + (place % per_column) * 2 * height
         draw.rectangle((left, top, left + height, top + height), tuple(about.colours[index]), "black")
         draw.text((left + 3 * height // 2, top - height // 8), line, "black", font)
-    return _encoded(canvas, "JPEG", quality=90)
-
-
-def _encoded(picture: Image.Image, format: str, **kwargs) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format, **kwargs)
-    return buffer.getvalue()
+    return encoded(canvas, "JPEG", quality=90)
