@@ -10,7 +10,7 @@ name and category_ids[i] the number.
 import copy
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,15 +127,19 @@ def compare(found: Detections, expected: Detections) -> Agreement:
     return Agreement(len(found.scores) + len(expected.scores), matched, box, score, *(mask or [0.0]))
 
 
-def agreement(run: Callable[[Tensor], tuple[Tensor, ...]], detector: Detector, sizes: Sequence[Sequence[int]]) -> tuple:
-    """Agreement over two random images [1, C, H, W] of each size: noise, and blobs."""
+def random_images(channels: int, sizes: Iterable[Sequence[int]]) -> Iterator[Tensor]:
+    """Two images [1, channels, H, W] of each size: noise, and blobs."""
+    for size in sizes:
+        yield torch.randn(1, channels, *size)
+        yield 3 * F.interpolate(torch.randn(1, channels, 6, 8), size, mode="bilinear")
+
+
+def agreement(run: Callable[[Tensor], tuple[Tensor, ...]], detector: Detector, images: Iterable[Tensor]) -> Agreement:
+    """Agreement over images [1, C, H, W]."""
     each = []
-    for channels, *size in sizes:
-        noise = torch.randn(1, channels, *size)
-        blobs = 3 * F.interpolate(torch.randn(1, channels, 6, 8), size, mode="bilinear")
-        for image in (noise, blobs):
-            outputs = run(image)
-            each.append(compare(Detections(*outputs, *[None] * (4 - len(outputs))), detect(detector, image)))
+    for image in images:
+        outputs = run(image)
+        each.append(compare(Detections(*outputs, *[None] * (4 - len(outputs))), detect(detector, image)))
     found, matched, *differences = zip(*each, strict=True)
     return Agreement(sum(found), sum(matched), *map(max, differences))
 
@@ -150,6 +154,7 @@ def export_detector(
     size: Sequence[int],
     dynamic_size: bool = False,
     check: bool = False,
+    check_images: Sequence[Tensor] | None = None,
     preprocessing: Mapping | None = None,
     labels: Sequence[str] = (),
     category_ids: Sequence[int] = (),
@@ -163,13 +168,15 @@ def export_detector(
         name: What the metadata call the model.
         size: Height and width, px.
         dynamic_size: Take any height and width from 33 px (TorchScript always does).
-        check: Load the file, run it on random images, and print how many detections agree and how they differ.
+        check: Load the file, run it, and print how many detections agree and how they differ.
+        check_images: [C, H, W], resized and normalised, to run it on; None for random ones of the sizes that it takes.
         preprocessing: What the metadata say of it beside "input_size".
         labels: Names of the classes.
         category_ids: Their numbers.
 
     Raises:
-        UserError: The output or the size is none for the format, a package is missing, or the check fails.
+        UserError: The output or the size is none for the format, a package is missing, or the check fails: detections
+            differ, or there is none to compare.
     """
     check_output(output, format, dynamic_size)
     if format not in FORMATS:
@@ -190,13 +197,20 @@ def export_detector(
         return
     exported = load_detections(output, format)
     check_metadata(exported, metadata)
-    sizes = [size, *([(160, 288), (96, 96), (75, 107)] if dynamic_size else [])]
-    seen = agreement(exported.run, detector, [(shape[0], *each) for each in sizes])
+    if check_images is not None:
+        on, images = f"on {len(check_images)} images", (image[None] for image in check_images)
+    else:
+        sizes = [size, *([(160, 288), (96, 96), (75, 107)] if dynamic_size else [])]
+        on, images = f"at {', '.join(f'{h}x{w}' for h, w in sizes)}", random_images(shape[0], sizes)
+    seen = agreement(exported.run, detector, images)
     print(
-        f"at {', '.join(f'{h}x{w}' for h, w in sizes)}: {seen.matched} of {seen.found} detections of file and network "
+        f"{on}: {seen.matched} of {seen.found} detections of file and network "
         f"agree; largest differences: box {seen.box:.1e} px, score {seen.score:.1e}, mask {seen.mask:.1e}",
         flush=True,
     )
+    if not seen.found:
+        advice = "give --check-images with objects" if check_images is None else "give others"
+        raise UserError(f"Neither file nor network finds anything {on}, so nothing was compared: {advice}.")
     if seen.matched < _LEAST_MATCHED * seen.found:
         raise UserError(
             f"At least {_LEAST_MATCHED:.0%} of the detections must agree, got {seen.matched} of {seen.found}."

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import nat_models
 from nat_models import detector_export as exporting
 from nat_models.cli import main
+from nat_models.commands.export import _read_images
 from nat_models.export import FORMATS
 from nat_models.networks.detector import Detector
 from nat_models.networks.detector_graph import Detections, DetectorGraph
@@ -105,8 +107,11 @@ def test_a_file_finds_what_the_detector_finds_and_nothing_where_it_finds_nothing
     folder = _folder(tmp_path / "run", "mask_rcnn", box_score_thresh=least_score)
     path = tmp_path / f"detector{FORMATS[format][0]}"
     flags = ["--format", format, "--output", str(path), "--img-size", "64", "--check"]
-    assert main(["export", "--model", str(folder), *flags]) == 0
-    assert "detections of file and network agree" in capsys.readouterr().out
+    finds = least_score < 1
+    assert main(["export", "--model", str(folder), *flags]) == (0 if finds else 2)
+    said = capsys.readouterr()
+    assert "detections of file and network agree" in said.out
+    assert ("nothing was compared: give --check-images with objects" in said.err) == (not finds)
     exported = exporting.load_detections(path, format)
     assert json.loads(exported.metadata["label_names"]) == CLASSES
     assert json.loads(exported.metadata["category_ids"]) == IDS
@@ -120,7 +125,23 @@ def test_a_file_finds_what_the_detector_finds_and_nothing_where_it_finds_nothing
     image = 2 * torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     found, expected = exported.run(image), exporting.detect(network, image)
     _close(found, expected)
-    assert (len(found[2]) > 3) == (least_score < 0.5) and (len(found[2]) == 0) == (least_score > 0.5)
+    assert (len(found[2]) > 3) == finds and (len(found[2]) == 0) == (not finds)
+
+
+@torch.no_grad()
+def test_a_file_is_checked_on_images_of_yours(tmp_path, capsys):
+    folder = _folder(tmp_path / "run", "mask_rcnn", box_score_thresh=0.45)
+    (tmp_path / "images").mkdir()
+    for i, size in enumerate([(80, 70), (50, 64)]):
+        pixels = torch.randint(256, (*size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
+        Image.fromarray(pixels.numpy()).save(tmp_path / "images" / f"{i}.png")
+    flags = ["--format", "torchscript", "--output", str(tmp_path / "d.pt"), "--img-size", "64"]
+    images = ["--check-images", str(tmp_path / "images")]
+    assert main(["export", "--model", str(folder), *flags, *images]) == 0
+    network, about = load_detector(folder)
+    seen = [(exporting.detect(network, x[None])) for x in _read_images(images[1:], about, 64)]
+    count = 2 * sum(len(each.scores) for each in seen)
+    assert count and f"on 2 images: {count} of {count} detections" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

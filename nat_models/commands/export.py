@@ -21,16 +21,22 @@ The file of a detector (not aoti) maps one "image", [1, C, H, W], H and W from 3
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional
 
 from ..detector_export import export_detector
 from ..errors import UserError
 from ..export import DTYPES, FORMATS, check_output, export
-from ..training.detectors import is_detector, load_detector
+from ..training.detectors import DetectorConfig, is_detector, load_detector
+from ..training.mask_files import with_arrays
+from ..training.mask_sets import read_image
 from ..training.models import add_model_flags, model_from_flags
 from ..training.segmenters import is_segmenter, load_segmenter
+from ..training.splits import find_images
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +48,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--dynamic-size", action="store_true", help="take any height and width")
     add("--dtype", choices=DTYPES, default="float32", help="of the weights; ONNX computes in float32")
     add("--check", action="store_true", help="run the file beside the model and print the largest difference")
+    add("--check-images", nargs="+", metavar="SOURCE", help="of a detector: check on images, not on random ones")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -51,6 +58,8 @@ def run(args: argparse.Namespace) -> None:
     check_output(output, args.format, args.dynamic_size)  # better known before weights are loaded
     if is_detector(folder := Path(args.model)):
         return _export_detector(args, folder, output)
+    if args.check_images is not None:
+        raise UserError(f"--check-images is for detectors, and {args.model} is none.")
     model, about = _model(args)
     export(
         model,
@@ -97,8 +106,17 @@ def _export_detector(args: argparse.Namespace, folder: Path, output: Path) -> No
         name=args.model,
         size=(side, side),
         dynamic_size=args.dynamic_size,
-        check=args.check,
+        check=args.check or args.check_images is not None,
+        check_images=None if args.check_images is None else _read_images(args.check_images, about, side),
         preprocessing={key: getattr(about, key) for key in kept},
         labels=about.classes,
         category_ids=about.ids(),
     )
+
+
+def _read_images(sources: Sequence[str], about: DetectorConfig, side: int) -> list[Tensor]:
+    """Images [C, side, side] as the file of a detector takes them."""
+    images = (read_image(image, len(about.mean)) for image in find_images(sources, kinds=with_arrays()))
+    squares = (functional.resize(image, [side, side], antialias=True) for image in images)
+    pixels = (functional.to_dtype(square.as_subclass(Tensor), torch.float32, scale=True) for square in squares)
+    return [functional.normalize(x, list(about.mean), list(about.std)) for x in pixels]
