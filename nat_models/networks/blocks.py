@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..layers import NeighborhoodAttention2d
 from ..ops.tracing import is_exporting
+from .recomputing import recomputing_gelu
 
 DOWNSAMPLERS = ("conv", "merge", "none")  # create_model of timm drops arguments that are None
 
@@ -148,6 +149,23 @@ def _global_bias(rpb: Tensor, height: int, width: int) -> Tensor:
     return bias.flatten(3).flatten(1, 2)
 
 
+class LeanMlp(Mlp):
+    """timm's Mlp, which in training does not keep what comes out of its GELU: backward computes it again.
+
+    Of what a block keeps for backward that is a fifth. The gradients are the same bits.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.fc1(x)
+        x = self.norm(self.drop1(self.act(hidden)))
+        if torch.jit.is_scripting():
+            x = self.fc2(x)
+        else:
+            with recomputing_gelu(x, hidden):
+                x = self.fc2(x)
+        return self.drop2(x)
+
+
 class NATBlock(nn.Module):
     """Pre-norm attention and MLP, each with optional layer scale and stochastic depth, on [B, H, W, C].
 
@@ -181,7 +199,7 @@ class NATBlock(nn.Module):
         self.ls1 = nn.Identity() if init_values is None else LayerScale(dim, init_values, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.norm2 = MapNorm(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
+        self.mlp = LeanMlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
         self.ls2 = nn.Identity() if init_values is None else LayerScale(dim, init_values, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 

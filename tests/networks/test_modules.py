@@ -3,10 +3,15 @@
 import pytest
 import timm
 import torch
+from timm.layers import Mlp
+from torch import nn
 from torch.func import functional_call, grad, vmap
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
-from nat_models.networks.blocks import ConvDownsampler, ConvTokenizer, NATBlock
+from nat_models.networks.blocks import ConvDownsampler, ConvTokenizer, LeanMlp, NATBlock
+from tests.conftest import needs_torch
 
 
 @pytest.mark.parametrize("name", ["", "norm1", "attn", "ls1", "norm2", "mlp", "ls2"])
@@ -93,3 +98,78 @@ def test_the_convolutions_hand_out_what_the_norms_read():
     with torch.no_grad():
         model(torch.randn(2, 3, 224, 224))
     assert [x.is_contiguous() for x in norm_inputs] == 4 * [True]
+
+
+def _mlps() -> tuple[LeanMlp, Mlp]:
+    lean, plain = LeanMlp(8, 24), Mlp(8, 24)
+    plain.load_state_dict(lean.state_dict())
+    return lean, plain
+
+
+def _gradients(mlp: nn.Module, x: torch.Tensor, autocast: bool = False, call=None) -> list[torch.Tensor]:
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = mlp(x) if call is None else call(mlp, x)
+    return torch.autograd.grad(out.float().square().sum(), [x, *mlp.parameters()])
+
+
+def _kept(mlp: nn.Module, x: torch.Tensor) -> bool:
+    """Whether what the MLP's activation gives is in memory after a forward whose graph lives."""
+    seen = []
+    handle = mlp.fc2.register_forward_pre_hook(lambda _, args: seen.append(StorageWeakRef(args[0].untyped_storage())))
+    out = mlp(x)
+    handle.remove()
+    assert out.requires_grad
+    return not seen[0].expired()
+
+
+@needs_torch("2.7", "does not tell of hooks on what autograd keeps")
+def test_an_mlp_keeps_less_and_its_gradients_are_the_same_bits():
+    lean, plain = _mlps()
+    x = torch.randn(2, 5, 3, 8, requires_grad=True)
+    assert _kept(plain, x) and not _kept(lean, x)
+    for autocast in (False, True):
+        for a, b in zip(_gradients(lean, x, autocast), _gradients(plain, x, autocast), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_an_mlp_under_checkpointing_keeps_nothing_of_its_own():
+    lean, plain = _mlps()
+    x = torch.randn(2, 5, 3, 8, requires_grad=True)
+    recompute = _gradients(lean, x, call=lambda mlp, x: checkpoint(mlp, x, use_reentrant=False))
+    for a, b in zip(recompute, _gradients(plain, x), strict=True):
+        assert torch.equal(a, b)
+    seen = []
+    handle = lean.fc1.register_forward_hook(lambda *args: seen.append(StorageWeakRef(args[-1].untyped_storage())))
+    out = checkpoint(lean, x, use_reentrant=False)
+    handle.remove()
+    assert out.requires_grad and seen[0].expired()
+
+
+@pytest.mark.parametrize("change", ["hook", "dropout", "another activation", "another projection", "frozen"])
+def test_an_mlp_of_other_parts_has_their_gradients(change):
+    gradients = []
+    for mlp in _mlps():
+        if change == "hook":
+            mlp.act.register_forward_hook(lambda *args: 2 * args[-1])
+        elif change == "dropout":
+            mlp.drop1.p = 0.5
+        elif change == "another activation":
+            mlp.act = nn.GELU(approximate="tanh")
+        elif change == "another projection":
+            mlp.fc2 = nn.Sequential(nn.Linear(24, 24), nn.GELU(), mlp.fc2)
+            nn.init.eye_(mlp.fc2[0].weight)
+            nn.init.zeros_(mlp.fc2[0].bias)
+        else:
+            mlp.fc2.requires_grad_(False)
+        x = torch.linspace(-2, 2, 240).view(2, 5, 3, 8).requires_grad_()
+        torch.manual_seed(1)
+        wanted = [x, *(p for p in mlp.parameters() if p.requires_grad)]
+        gradients.append(torch.autograd.grad(mlp(x).square().sum(), wanted))
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_mlp_has_second_derivatives():
+    lean = LeanMlp(3, 4).double()
+    x = torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x, *_: lean(x), (x, *lean.parameters()))
