@@ -24,6 +24,8 @@ from .sampling import EpochSampler, ShareSampler
 from .settings import Settings
 from .task import Task
 
+_FUSED = ("adam", "adamw", "sgd")  # PyTorch's own, which update a weight in one pass over its memory on request
+
 
 def make_accelerator(settings: Settings, trackers: Sequence[str] = ()) -> Accelerator:
     """What knows devices, processes and precision."""
@@ -101,7 +103,8 @@ def prepare(settings: Settings, task: Task, accelerator: Accelerator, initial_we
     train_loader = make_loader(train_set, sampler=order, drop_last=True, **common)
     val_loader = make_loader(val_set, sampler=share, **common)
     decay = dict(weight_decay=settings.weight_decay, layer_decay=settings.layer_decay)
-    optimizer = create_optimizer_v2(model, opt=settings.opt, lr=settings.lr, **decay)
+    fused = dict(fused=True) if settings.opt in _FUSED else {}
+    optimizer = create_optimizer_v2(model, opt=settings.opt, lr=settings.lr, **decay, **fused)
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if sharded and settings.ema_decay is not None:
         raise UserError("ema_decay averages whole weights, which no process has under FSDP: leave it out.")
