@@ -90,7 +90,7 @@ def na2d_qkvpacked(
     # torch.jit.trace traces with gradients, and checks what it traced without.
     wants_derivative = requires_grad or request.transformed or request.traced
     if backend == "native" and not wants_derivative and rpb is not None and qkv.stride(-1) == 1:
-        return _call_inference(qkv, native.as_rpb(rpb, qkv.dtype), *window)
+        return _call_inference(qkv, native.as_inference_rpb(rpb, qkv.dtype), *window)
     return torch.ops.nat_models.na2d_qkvpacked.default(qkv, rpb, *window)
 
 

@@ -54,7 +54,7 @@ def test_helpers_pass_their_unit_tests(built):
 
 
 @_needs("cmake", "c++")
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
 def test_the_grid_without_python_agrees_with_a_plain_loop(isa, built):
     if not (built / f"test_simd_{isa}").exists():
         pytest.skip("of another processor")
@@ -71,12 +71,12 @@ def test_clang_builds_the_kernel_without_a_warning_and_it_passes_the_grid(tmp_pa
     code = (
         "import sys, pathlib, pytest, nat_models.ops.backends.native as native\n"
         "native._find = lambda: pathlib.Path(sys.argv[1])\n"
-        "assert native.available()[1].startswith(sys.argv[2]) or sys.exit(77), native.available()\n"
+        "assert native.available()[1].startswith(sys.argv[2] + ',') or sys.exit(77), native.available()\n"
         "sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', *sys.argv[3:]]))"
     )
     grid = f"{Path(__file__).parent / 'test_native.py'}::test_kernel_is_the_reference"
     passed = []
-    for isa in ("baseline", "avx2", "avx512"):
+    for isa in ("baseline", "avx2", "avx512", "avx512_bf16"):
         environment = {**os.environ, "NAT_MODELS_CPU_ISA": isa}
         command = [sys.executable, "-c", code, tmp_path / "nat_cpu.so", isa, grid]
         run = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)

@@ -12,14 +12,20 @@ struct Isa {
     bool (*supported)();
 };
 
+#ifdef NAT_X86
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 // Best first.
 const Isa kIsas[] = {
 #ifdef NAT_X86
-    {"avx512", nat_na2d_avx512,
-     [] {
-         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-     }},
+#ifdef NAT_X86_BF16
+    {"avx512_bf16", nat_na2d_avx512_bf16, [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
+#endif
+    {"avx512", nat_na2d_avx512, has_avx512},
     {"avx2", nat_na2d_avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
     {"baseline", nat_na2d_baseline, [] { return true; }},

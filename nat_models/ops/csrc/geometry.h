@@ -44,6 +44,7 @@ struct TaskGeometry {
     TaskGeometry(const Plan<C>& plan, index_t task) : TaskGeometry(plan, task / plan.strips, task % plan.strips) {}
 
     index_t first_row() const { return min(strip * plan.strip_rows, down.length); }
+    index_t window() const { return down.kernel * across.kernel; }  // keys of a query, as the sweep sees them
     index_t end_row() const { return min((strip + 1) * plan.strip_rows, down.length); }
     bool map_is_window() const { return map_rows == plan.call.kernel[0] && map_cols == plan.call.kernel[1]; }
 
@@ -67,6 +68,13 @@ struct TaskGeometry {
     // Reads a row of tokens, padded with zeros to dim_padded and with any finite numbers to whole blocks of L columns.
     template <class E>
     void load_row(const nat_tensor& t, index_t row, C scale, const RowBuffers& to) const {
+        each_block<E>(t, row,
+                      [&](const E* const(&from)[L], index_t j) NAT_LAMBDA_INLINE { load_block(from, scale, to, j); });
+    }
+
+    // Calls body(tokens, column) for each block of L columns of a row.
+    template <class E, class Body>
+    NAT_INLINE void each_block(const nat_tensor& t, index_t row, const Body& body) const {
         const index_t down_step = row_step(t), step = col_step(t), cols = across.length;
         const E* p = token<const E>(t, row);
         index_t col = 0;
@@ -78,7 +86,7 @@ struct TaskGeometry {
                 p += step;
                 if (plan.single_row && ++col == map_cols) col = 0, p += down_step - map_cols * step;
             }
-            load_block(from, scale, to, j);
+            body(from, j);
         }
     }
 

@@ -25,7 +25,11 @@ struct Compute<double> {
 };
 
 NAT_INLINE bits<float> widen_halves(const void* p) {
+#if defined(__AVX512F__)  // GCC 12 makes two halves of it
+    return (bits<float>)_mm512_maskz_cvtepu16_epi32(kAllLanes, _mm256_loadu_si256((const __m256i*)p));
+#else
     return __builtin_convertvector((halves) * (const loose_halves*)p, bits<float>);
+#endif
 }
 NAT_INLINE void narrow_halves(void* p, bits<float> x) { *(loose_halves*)p = __builtin_convertvector(x, halves); }
 
@@ -33,22 +37,34 @@ NAT_INLINE vec<float> widen(const float* p) { return load(p); }
 NAT_INLINE vec<double> widen(const double* p) { return load(p); }
 NAT_INLINE vec<float> widen(const bfloat16* p) { return (vec<float>)(widen_halves(p) << 16); }
 NAT_INLINE vec<float> widen(const float16* p) {
+#if defined(__AVX512F__)
+    return (vec<float>)_mm512_maskz_cvtph_ps(kAllLanes, _mm256_loadu_si256((const __m256i*)p));
+#else
     const bits<float> h = widen_halves(p);
     const bits<float> magnitude = h & 0x7fff;
     // The product rescales the exponent and normalises subnormals; infinities and NaNs get theirs by hand.
     bits<float> x = (bits<float>)((vec<float>)(magnitude << 13) * 0x1p112f);
     x = magnitude >= 0x7c00 ? x | 0x7f800000 : x;
     return (vec<float>)(x | (h & 0x8000) << 16);
+#endif
 }
 
 NAT_INLINE void narrow(float* p, vec<float> x) { store(p, x); }
 NAT_INLINE void narrow(double* p, vec<double> x) { store(p, x); }
 NAT_INLINE void narrow(bfloat16* p, vec<float> x) {
+#if defined(__AVX512BF16__)  // subnormal numbers become zeros
+    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#else
     const bits<float> b = (bits<float>)x;
     const bits<float> rounded = (b + 0x7fff + (b >> 16 & 1)) >> 16;
     narrow_halves(p, x != x ? (b >> 16 | 0x40) : rounded);
+#endif
 }
 NAT_INLINE void narrow(float16* p, vec<float> x) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i*)p,
+                        _mm512_maskz_cvtps_ph(kAllLanes, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
     const bits<float> b = (bits<float>)x, magnitude = b & 0x7fffffff, sign = b >> 16 & 0x8000;
     const bits<float> normal = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
     // Adding 0.5 aligns a number below 2**-14 to float16's subnormal spacing, rounding in hardware.
@@ -57,6 +73,7 @@ NAT_INLINE void narrow(float16* p, vec<float> x) {
     h = magnitude >= 0x477ff000 ? bits<float>{} + 0x7c00 : h;  // 65520 and above round to infinity
     h = magnitude > 0x7f800000 ? bits<float>{} + 0x7e00 : h;
     narrow_halves(p, h | sign);
+#endif
 }
 
 // The first `count` elements, the rest zero. Never reads past them: they may be the last of a tensor.

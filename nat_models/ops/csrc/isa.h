@@ -8,4 +8,7 @@ nat_entry nat_na2d_baseline;
 #ifdef NAT_X86
 nat_entry nat_na2d_avx2;
 nat_entry nat_na2d_avx512;
+#ifdef NAT_X86_BF16  // the compiler knows it
+nat_entry nat_na2d_avx512_bf16;
+#endif
 #endif

@@ -34,16 +34,13 @@ struct ThreadMemory {
     }
 };
 
-// Token rows are [cols_padded][dim_padded]. Transposed queries are [block][dim_padded][L] and logits [block][keys][L],
-// with blocks of L query columns, so that a tile works on contiguous memory; transposed keys are
-// [dim_padded][transposed_cols].
+// What every worker has. Logits are [block][keys][L], with blocks of L query columns, so that a tile works on
+// contiguous memory.
 template <class C>
-struct Buffers {
+struct SweepBuffers {
     static constexpr index_t L = lanes<C>;
     const Plan<C>& plan;
     index_t transposed_cols;
-    C *query, *key, *value, *grad_out;
-    C *query_transposed, *grad_out_transposed, *key_transposed, *value_transposed;
     C *logits, *grad_logits, *bias, *grad_bias, *mirror;
     C *out, *inverse, *ones, *scales;
     struct Piece {  // of scatter: a Segment relative to the query row it is in
@@ -51,7 +48,13 @@ struct Buffers {
         Reach reach;
     };
     Piece* pieces;
-    Segment<C>* segments;
+    index_t max_segments;
+    struct BlockKeys {  // where the windows of a block of L query columns start
+        bits<C> from;   // each lane's, counted from `start`
+        index_t start;
+        bool shifted;  // one step for each lane
+    };
+    BlockKeys* block_keys;
     index_t *query_slot, *key_slot;  // row % ring_rows and row % kernel_rows, without a division at each use
 
     // About as many as the largest pieces have, as a number that cannot overflow: the logits of a large window can.
@@ -61,17 +64,9 @@ struct Buffers {
         return logits + bias + double(plan.row_size) * double(plan.ring_rows + plan.kernel_rows);
     }
 
-    Buffers(const Plan<C>& plan, Arena& arena) : plan(plan), transposed_cols(plan.cols_padded + 2 * L) {
-        const index_t keys = plan.kernel_rows * plan.kernel_cols, ring_size = plan.row_size * plan.ring_rows;
-        const index_t transposed_size = transposed_cols * plan.dim_padded;
-        const index_t logits_size = keys * plan.cols_padded * plan.ring_rows;
+    SweepBuffers(const Plan<C>& plan, Arena& arena) : plan(plan), transposed_cols(plan.cols_padded + 2 * L) {
+        const index_t logits_size = plan.kernel_rows * plan.kernel_cols * plan.cols_padded * plan.ring_rows;
         const bool grad = plan.backward;
-        query = arena.take<C>(grad ? ring_size : plan.row_size);
-        query_transposed = arena.take<C>(ring_size);
-        key = arena.take<C>(plan.row_size * plan.kernel_rows);
-        value = arena.take<C>(plan.row_size * plan.kernel_rows);
-        key_transposed = arena.take<C>(transposed_size);
-        value_transposed = arena.take<C>(grad ? transposed_size : 0);
         logits = arena.take<C>(logits_size);
         bias = arena.take<C>(bias_table_size(plan));
         mirror = arena.take<C>(bias_mirror_size(plan));
@@ -81,29 +76,36 @@ struct Buffers {
         scales = arena.take<C>(kBlendMax);
         const index_t max_pieces = 2 * (plan.kernel_cols / L + 2) + (plan.kernel_cols + kBlendMax) / L + 2;
         pieces = arena.take<Piece>(max_pieces);
-        segments = arena.take<Segment<C>>(max(plan.kernel_rows, max_pieces * plan.ring_rows));
+        max_segments = max(plan.kernel_rows, max_pieces * plan.ring_rows);
+        block_keys = arena.take<BlockKeys>(plan.cols_padded / L);
         query_slot = arena.take<index_t>(plan.rows);
         key_slot = arena.take<index_t>(plan.rows);
-        grad_out = arena.take<C>(grad ? ring_size : 0);
-        grad_out_transposed = arena.take<C>(grad ? ring_size : 0);
         grad_logits = arena.take<C>(grad ? logits_size : 0);
         grad_bias = arena.take<C>(grad ? bias_table_size(plan) : 0);
         if (arena.base) initialise();
     }
 
     void initialise() {
-        const auto clear = [](C* p, index_t count) { memset(p, 0, count * sizeof(C)); };
         for (index_t i = 0; i < plan.rows; ++i) query_slot[i] = i % plan.ring_rows, key_slot[i] = i % plan.kernel_rows;
         for (int i = 0; i < kBlendMax; ++i) ones[i] = 1, scales[i] = C(plan.call.scale);
-        clear(key_transposed, transposed_cols * plan.dim_padded);
         clear(bias, bias_table_size(plan));
-        if (!plan.backward) return;
-        clear(value_transposed, transposed_cols * plan.dim_padded);
-        clear(grad_bias, bias_table_size(plan));
+        if (plan.backward) clear(grad_bias, bias_table_size(plan));
+    }
+    template <class T>
+    static void clear(T* p, index_t count) {
+        memset(p, 0, count * sizeof(T));
     }
 
-    C* query_row(C* ring, index_t row) const { return ring + query_slot[row] * plan.row_size; }
-    C* key_row(C* ring, index_t row) const { return ring + key_slot[row] * plan.row_size; }
+    void find_block_keys(const Axis& across) {
+        for (index_t j = 0; j < across.length; j += L) {
+            BlockKeys& keys = block_keys[j / L];
+            const index_t last = min(j + L, across.length) - 1;
+            keys.start = across.start(j);
+            keys.shifted = across.start(last) - keys.start == last - j;
+            for (index_t l = 0; l < L; ++l) keys.from[l] = across.start(min(j + l, last)) - keys.start;
+        }
+    }
+
     C* weights(C* ring, index_t row, index_t block) const {
         return ring + (query_slot[row] * plan.cols_padded + block * L) * plan.kernel_rows * plan.kernel_cols;
     }

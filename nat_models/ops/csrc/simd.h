@@ -7,7 +7,7 @@
 
 #include <utility>  // std::integer_sequence: types only, nothing that could be merged
 
-#if defined(__clang__) && defined(__AVX2__)
+#if defined(__AVX512F__) || (defined(__clang__) && defined(__AVX2__))
 #include <immintrin.h>
 #endif
 
@@ -88,16 +88,19 @@ NAT_INLINE vec<C> splat(C x) {
     return x - vec<C>{};  // minus: 0 + x is an addition the compiler must keep, for it turns -0 into 0
 }
 template <class V>
+NAT_INLINE V multiply_add(V sum, V a, V b) {
+    return sum + a * b;
+}
+template <class V>
 NAT_INLINE V maximum(V a, V b) {
     return a > b ? a : b;
 }
-template <class C>
-NAT_INLINE C sum_lanes(vec<C> x) {
-    // A tree, not a chain: fewer dependent additions and a smaller error.
-    for (index_t half = lanes<C> / 2; half; half /= 2)
-        for (index_t i = 0; i < half; ++i) x[i] += x[i + half];
-    return x[0];
+#if defined(__AVX512F__)
+constexpr __mmask16 kAllLanes = 0xffff;                      // GCC 12 warns of forms without a mask
+NAT_INLINE vec<float> maximum(vec<float> a, vec<float> b) {  // of a constant, GCC makes a comparison and a move
+    return (vec<float>)_mm512_maskz_max_ps(kAllLanes, (__m512)a, (__m512)b);
 }
+#endif
 
 // Lane i of the result is lane from[i] of x.
 template <class C>
@@ -129,6 +132,15 @@ NAT_INLINE bits<C> lane_numbers() {
     bits<C> lane;
     for (index_t l = 0; l < lanes<C>; ++l) lane[l] = l;
     return lane;
+}
+
+template <class C>
+NAT_INLINE C sum_lanes(vec<C> x) {
+    // A tree, not a chain: fewer dependent additions and a smaller error.
+    NAT_UNROLL(4)
+    for (index_t half = lanes<C> / 2; half; half /= 2)
+        x += permute<C>(x, lane_numbers<C>() ^ decltype(bits<C>{}[0] + 0)(half));
+    return x[0];
 }
 
 // a[Start], b[Start], a[Start + 1], b[Start + 1], ... with I = 0, 1, ..., lanes - 1.

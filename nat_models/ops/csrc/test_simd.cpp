@@ -1,12 +1,12 @@
-// Unit tests of simd.h and half.h, compiled once for each instruction set. Prints what fails and exits with 1; with 77
-// where the CPU lacks the instruction set. One argument: how sparsely to sample exp2 (emulators are slow).
+// Unit tests of simd.h, half.h and pairs.h, compiled once for each instruction set. Prints what fails and exits with 1;
+// with 77 where the CPU lacks the instruction set. One argument: how sparsely to sample exp2 (emulators are slow).
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "half.h"
+#include "pairs.h"
 
 namespace {
 
@@ -71,12 +71,20 @@ void test_widen() {
     }
 }
 
+#if defined(__AVX512BF16__)
+constexpr bool flushes(bfloat16) { return true; }  // subnormal numbers
+#else
+constexpr bool flushes(bfloat16) { return false; }
+#endif
+constexpr bool flushes(float16) { return false; }
+
 // Narrows x, in every lane and with both signs, to the magnitude `expected`.
 template <class H>
 void check_narrow(float x, uint16_t expected) {
     constexpr index_t L = lanes<float>;
     float in[L];
     H out[L];
+    if (flushes(H{}) && x < 0x1p-126f) expected = 0;
     for (index_t l = 0; l < L; ++l) in[l] = l % 2 ? -x : x;
     narrow(out, load(in));
     for (index_t l = 0; l < L; ++l) {
@@ -256,8 +264,83 @@ void test_tails() {
     }
 }
 
+#if defined(__AVX512BF16__)
+// The halves of 16 lanes, by the definition of a pair.
+void halves_of(vec<pair> x, bfloat16 (&halves)[2 * lanes<pair>]) {
+    for (index_t l = 0; l < lanes<pair>; ++l) halves[2 * l].raw = x[l] & 0xffff, halves[2 * l + 1].raw = x[l] >> 16;
+}
+// A number for each place, exact in bfloat16: no two of the first 254 are the same.
+float numbered(index_t n) { return float(n % 2 ? -1 - n / 2 : 1 + n / 2); }
+
+void test_pairs() {
+    constexpr index_t L = lanes<pair>, H = 2 * L;
+    bfloat16 a[H], b[H], out[H];
+    for (index_t n = 0; n < H; ++n) {
+        a[n].raw = bits_of(numbered(n)) >> 16;
+        b[n].raw = bits_of(numbered(n + H)) >> 16;
+    }
+    const vec<pair> x = load_pairs(a, H), y = load_pairs(b, H);
+    const auto check = [&](const char* what, vec<pair> z, float (*expected)(index_t)) {
+        halves_of(z, out);
+        for (index_t n = 0; n < H; ++n)
+            CHECK(value_of(out[n]) == expected(n), "%s, half %d: %g, not %g", what, (int)n, value_of(out[n]),
+                  expected(n));
+    };
+    check("load", x, numbered);
+    check("splat", splat(pair{0xc0003f80}), [](index_t n) { return n % 2 ? -2.f : 1.f; });
+    check("zip_low", zip_low(x, y), [](index_t n) { return numbered(n / 2 + n % 2 * 32); });
+    check("zip_high", zip_high(x, y), [](index_t n) { return numbered(16 + n / 2 + n % 2 * 32); });
+    vec<float> first, second;
+    for (index_t l = 0; l < L; ++l) first[l] = numbered(l), second[l] = numbered(l + L);
+    check("concatenate", concatenate(first, second), numbered);
+    check("zip_halves", zip_halves(x), [](index_t n) { return numbered(n / 2 + n % 2 * 16); });
+    check("pack", pack(first, second), [](index_t n) { return numbered(n / 2 + n % 2 * 16); });
+    check("pick", pick(x, false, y, false), [](index_t n) { return numbered(n % 2 ? n - 1 + 32 : n); });
+    check("pick", pick(x, false, y, true), [](index_t n) { return numbered(n % 2 ? n + 32 : n); });
+    check("pick", pick(x, true, y, false), [](index_t n) { return numbered(n % 2 ? n - 1 + 32 : n + 1); });
+    check("pick", pick(x, true, y, true), [](index_t n) { return numbered(n % 2 ? n + 32 : n + 1); });
+
+    const Page page;
+    for (index_t count = 1; count <= H; ++count) {
+        bfloat16* const p = page.last<bfloat16>(count);
+        memcpy(p, a, count * sizeof *p);
+        halves_of(load_pairs(p, count), out);
+        for (index_t n = 0; n < H; ++n)
+            CHECK(value_of(out[n]) == (n < count ? numbered(n) : 0), "load_pairs of %d, half %d: %g", (int)count,
+                  (int)n, value_of(out[n]));
+    }
+
+    // Small integers: products and sums are exact.
+    const vec<float> products = multiply_add(first, x, y), sums = add_pairs(first, x);
+    for (index_t l = 0; l < L; ++l) {
+        const float low = numbered(2 * l) * numbered(2 * l + H), high = numbered(2 * l + 1) * numbered(2 * l + 1 + H);
+        CHECK(products[l] == numbered(l) + low + high, "multiply_add, lane %d: %g", (int)l, products[l]);
+        CHECK(sums[l] == numbered(l) + numbered(2 * l) + numbered(2 * l + 1), "add_pairs, lane %d: %g", (int)l,
+              sums[l]);
+    }
+    const float third = 1 / 3.f;
+    const vec<float> wide = multiply_add(splat(third), splat(pair{0}), x);
+    CHECK(wide[0] == third, "multiply_add rounded its sum to %a", wide[0]);
+
+    // Rounds as narrow does.
+    for (uint32_t raw = 0; raw < 0x7f80; ++raw)
+        for (uint32_t rest : {0u, 1u, 0x7fffu, 0x8000u, 0x8001u, 0xffffu}) {
+            const float number = float_of(raw << 16 | rest);
+            bfloat16 expected[lanes<float>];
+            narrow(expected, splat(number));
+            halves_of(pack(splat(number), splat(-number)), out);
+            CHECK(out[0].raw == expected[0].raw && out[1].raw == (expected[0].raw | 0x8000), "%a became %04x, not %04x",
+                  number, out[0].raw, expected[0].raw);
+        }
+    halves_of(pack(splat(NAN), splat(INFINITY)), out);
+    CHECK(isnan(value_of(out[0])) && value_of(out[1]) == INFINITY, "%04x %04x", out[0].raw, out[1].raw);
+}
+#endif
+
 bool cpu_has_it() {
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512dq");
+#elif defined(__AVX512F__)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #elif defined(__AVX2__)
@@ -284,6 +367,9 @@ int main(int argc, char** argv) {
     test_tails<double>();
     test_tails<float16>();
     test_tails<bfloat16>();
+#if defined(__AVX512BF16__)
+    test_pairs();
+#endif
     printf("%d bytes a vector: %d failures\n", NAT_VECTOR_BYTES, failures);
     return failures > 0;
 }

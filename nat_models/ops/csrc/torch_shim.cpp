@@ -5,6 +5,7 @@
 #include <atomic>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "checks.h"
 
@@ -92,14 +93,28 @@ const char* fill(nat_na2d_call& call, const Tensor& qkv, const Tensor& rpb, int6
     call.heads = qkv.size[4];
     call.head_dim = qkv.size[5];
     if (const char* rule = broken_rule(call)) return rule;
-    if (rpb.dtype != (call.dtype == NAT_FLOAT64 ? torch.dtype_float64() : torch.dtype_float32()))
-        return "rpb must be float64 where qkv is, and float32 otherwise";
+    const bool widened = call.dtype == NAT_BFLOAT16 && rpb.dtype == qkv.dtype;
+    if (!widened && rpb.dtype != (call.dtype == NAT_FLOAT64 ? torch.dtype_float64() : torch.dtype_float32()))
+        return "rpb must be float64 where qkv is, and float32 otherwise, or bfloat16 where qkv is";
     if (rpb.dim != 3 || rpb.size[0] != call.heads || !is_rpb_size(rpb.size[1], call.kernel[0]) ||
         !is_rpb_size(rpb.size[2], call.kernel[1]))
         return "rpb must be [num_heads, 2*K_h-1, 2*K_w-1]";
     if (is_empty(call)) return nullptr;
     if (!rpb.contiguous()) return "rpb must be contiguous";
     return call.head_dim == 1 || qkv.stride[5] == 1 ? nullptr : "the last axis of qkv must be dense";
+}
+
+// rpb as the kernel reads it: bfloat16 widened, in `memory`.
+const void* wide_rpb(const Tensor& rpb, std::vector<float>& memory) {
+    if (rpb.dtype != torch.dtype_bfloat16() || !rpb.data) return rpb.data;
+    memory.resize(rpb.size[0] * rpb.size[1] * rpb.size[2]);
+    for (size_t i = 0; i < memory.size(); ++i) {
+        uint16_t half;  // at any address
+        memcpy(&half, static_cast<const char*>(rpb.data) + i * sizeof half, sizeof half);
+        const uint32_t bits = uint32_t(half) << 16;
+        memcpy(&memory[i], &bits, sizeof bits);
+    }
+    return memory.data();
 }
 
 // Contiguous, of the call's sizes.
@@ -149,7 +164,8 @@ void na2d_qkvpacked_inference(uint64_t* stack, uint64_t, uint64_t) {
             memcpy(views[i]->stride, qkv.stride, 3 * sizeof(int64_t));
             views[i]->stride[3] = qkv.stride[4];
         }
-        call.rpb = rpb.data;
+        std::vector<float> memory;
+        call.rpb = wide_rpb(rpb, memory);
         call.out.data = out.data;
         memcpy(call.out.stride, out.stride, sizeof call.out.stride);
         const int32_t status = nat_na2d_forward(&call);
