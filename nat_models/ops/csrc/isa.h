@@ -9,3 +9,6 @@ nat_entry nat_na2d_baseline;
 nat_entry nat_na2d_avx2;
 nat_entry nat_na2d_avx512;
 #endif
+
+// nat_na2d_forward on given threads, not on those of nat_set_threads.
+int32_t nat_na2d_forward_on(const nat_na2d_call* call, nat_parallel_for run, int64_t threads);
