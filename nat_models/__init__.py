@@ -4,11 +4,13 @@ from . import networks
 from .checkpoints import list_weights
 from .fuse import fuse
 from .layers import NeighborhoodAttention1d, NeighborhoodAttention2d
+from .onnx_operator import custom_ops_library
 from .ops import na1d, na2d
 
 __all__ = [
     "NeighborhoodAttention1d",
     "NeighborhoodAttention2d",
+    "custom_ops_library",
     "fuse",
     "list_weights",
     "na1d",

@@ -11,6 +11,8 @@ import copy
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +40,7 @@ from .export import (
 from .fuse import fold_batch_norms
 from .networks.detector import Detector
 from .networks.detector_graph import Detections, DetectorGraph
+from .ops import use_backend
 
 OPSET = 21  # onnxruntime 1.32 has no RoiAlign of opset 22
 DETECTOR_KEYS = (*KEYS, "category_ids")
@@ -76,20 +79,27 @@ def capture(graph: DetectorGraph, image: Tensor, dynamic_size: bool) -> Exported
 
 
 def _write(
-    graph: DetectorGraph, image: Tensor, format: str, dynamic_size: bool, metadata: dict[str, str], path: Path
+    graph: DetectorGraph,
+    image: Tensor,
+    format: str,
+    dynamic_size: bool,
+    metadata: dict[str, str],
+    custom_op: bool,
+    path: Path,
 ) -> None:
     if format == "torchscript":
         # What a size is in a trace, torchvision makes a tensor of once more; and a second trace would take as long.
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "To copy construct from a tensor", UserWarning)
             return write_torchscript(graph, image, True, metadata, path, check_trace=False)
-    program = capture(graph, image, dynamic_size)
+    with use_backend("blocked") if custom_op else nullcontext():
+        program = capture(graph, image, dynamic_size)
     if format == "pt2":
         return torch.export.save(program, path, extra_files=metadata)
     names = Detections._fields if graph.roi_heads.has_mask() else Detections._fields[:3]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*sampling_ratio", UserWarning)  # ONNX writes 0 for it, and means the same
-        save_onnx(program, names, OPSET, metadata, path)
+        save_onnx(program, names, OPSET, metadata, path, custom_op)
 
 
 def load_detections(path: Path, format: str) -> Exported:
@@ -158,6 +168,7 @@ def export_detector(
     preprocessing: Mapping | None = None,
     labels: Sequence[str] = (),
     category_ids: Sequence[int] = (),
+    custom_op: bool = False,
 ) -> None:
     """Writes the file and, if asked to, compares what it finds with what the detector finds.
 
@@ -173,12 +184,13 @@ def export_detector(
         preprocessing: What the metadata say of it beside "input_size".
         labels: Names of the classes.
         category_ids: Their numbers.
+        custom_op: As in nat_models.export.
 
     Raises:
         UserError: The output or the size is none for the format, a package is missing, or the check fails: detections
             differ, or there is none to compare.
     """
-    check_output(output, format, dynamic_size)
+    check_output(output, format, dynamic_size, custom_op)
     if format not in FORMATS:
         raise UserError(f"A detector is exported to {', '.join(FORMATS)}, not {format}.")
     if min(size) < _LEAST_SIZE:
@@ -192,7 +204,8 @@ def export_detector(
     folded = copy.deepcopy(detector)
     fold_batch_norms(folded)  # torch.export asks of what they get whether it is empty
     graph = DetectorGraph(folded)
-    write_file(output, lambda path: _write(graph, torch.randn(1, *shape), format, dynamic_size, metadata, path))
+    arguments = (graph, torch.randn(1, *shape), format, dynamic_size, metadata, custom_op)
+    write_file(output, partial(_write, *arguments))
     if not check:
         return
     exported = load_detections(output, format)

@@ -10,6 +10,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from . import onnx_graph, onnx_operator
 from .checkpoints.saving import label_names
 from .errors import UserError, missing_extra, require
 from .networks.upernet import UPerNet
@@ -67,9 +69,13 @@ def capture(model: nn.Module, image: Tensor, dynamic_size: bool) -> ExportedProg
         return torch.export.export(model, (image,), dynamic_shapes=(dynamic,), strict=False)
 
 
-def write_onnx(model: nn.Module, image: Tensor, dynamic_size: bool, metadata: dict[str, str], path: Path) -> None:
+def write_onnx(
+    model: nn.Module, image: Tensor, dynamic_size: bool, metadata: dict[str, str], path: Path, custom_op: bool = False
+) -> None:
     require_onnx()
-    save_onnx(capture(model, image, dynamic_size), ["logits"], OPSET, metadata, path)
+    with use_backend("blocked") if custom_op else nullcontext():
+        captured = capture(model, image, dynamic_size)
+    save_onnx(captured, ["logits"], OPSET, metadata, path, custom_op)
 
 
 def require_onnx() -> None:
@@ -82,16 +88,24 @@ def require_onnx() -> None:
 
 
 def save_onnx(
-    captured: ExportedProgram, outputs: Sequence[str], opset: int, metadata: dict[str, str], path: Path
+    captured: ExportedProgram,
+    outputs: Sequence[str],
+    opset: int,
+    metadata: dict[str, str],
+    path: Path,
+    custom_op: bool = False,
 ) -> None:
-    """Writes plain ONNX operators, with metadata; the graph takes "image"."""
+    """Writes plain ONNX operators, or those and ours, with metadata; the graph takes "image"."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass, CommonSubexpressionEliminationPass
 
+    if custom_op:
+        onnx_operator.check_captured(captured)
     program = torch.onnx.export(
         captured,
         input_names=["image"],
         output_names=outputs,
         dynamo=True,
+        custom_translation_table=onnx_operator.translations() if custom_op else None,
         opset_version=opset,
         optimize=False,
         verbose=False,
@@ -101,16 +115,19 @@ def save_onnx(
     CommonSubexpressionEliminationPass()(program.model)
     ClearMetadataAndDocStringPass()(program.model)  # this machine's paths
     program.optimize()
-    if (domains := dict(program.model.opset_imports)) != {"": opset}:
-        raise UserError(f"The installed onnxscript could not write plain operators of opset {opset}, only {domains}.")
+    if custom_op:
+        onnx_graph.tokens_throughout(program.model)
+    allowed = {"": opset, **({onnx_operator.DOMAIN: onnx_operator.VERSION} if custom_op else {})}
+    if (domains := dict(program.model.opset_imports)) != allowed:
+        raise UserError(f"The installed onnxscript could not write operators of {allowed} alone, only {domains}.")
     program.model.metadata_props.update(metadata)
+    if custom_op:
+        onnx_operator.annotate(program.model)
     program.save(path)
 
 
 def load_onnx(path: Path) -> Exported:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = onnx_operator.make_session(path)
 
     def run(image: Tensor) -> Tensor | tuple[Tensor, ...]:
         outputs = tuple(map(torch.from_numpy, session.run(None, {"image": image.numpy()})))
@@ -177,7 +194,7 @@ def largest_difference(run: Callable[[Tensor], Tensor], model: nn.Module, size: 
     return max(found).item()
 
 
-def check_output(output: Path, format: str, dynamic_size: bool) -> None:
+def check_output(output: Path, format: str, dynamic_size: bool, custom_op: bool = False) -> None:
     """Raises a UserError for what `export` would refuse."""
     suffix, _, _ = FORMATS[format]
     if not output.parent.is_dir():
@@ -186,6 +203,8 @@ def check_output(output: Path, format: str, dynamic_size: bool) -> None:
         raise UserError(f"The name of a file in the format {format} must end in {suffix}, got {output.name}.")
     if format == "aoti" and dynamic_size:
         raise UserError("--dynamic-size is not for the format aoti: what AOTInductor makes of it aborts when it runs.")
+    if custom_op and format != "onnx":
+        raise UserError(f"--custom-op is for the format onnx, got {format}.")
     if format != "torchscript":
         # 2.8 and 2.9 were seen to write graphs that hold for some sizes only.
         require("torch", "2.13", "torch.export, of which the formats onnx, pt2 and aoti are made,")
@@ -220,6 +239,7 @@ def export(
     check: bool = False,
     preprocessing: Mapping | None = None,
     labels: Sequence[str] | None = None,
+    custom_op: bool = False,
 ) -> None:
     """Writes the file and, if asked to, compares what it computes with the model.
 
@@ -234,12 +254,15 @@ def export(
         check: Load the file, run it, and print the largest difference.
         preprocessing: What the metadata say of it beside "input_size"; None means what the model says.
         labels: What the metadata call the classes; None means what the model says.
+        custom_op: Let ONNX call the C++ kernel: the file needs onnx_operator.custom_ops_library().
 
     Raises:
         UserError: The output is none for the format, a package is missing, or the check fails.
     """
-    check_output(output, format, dynamic_size)
+    check_output(output, format, dynamic_size, custom_op)
     _, write, load = FORMATS[format]
+    if custom_op:
+        write = partial(write, custom_op=True)
     require("timm", "1.0.31", "nat_models.export")
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     from timm.data.model_config import resolve_input_data_config

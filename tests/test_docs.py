@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = {
     "README.md": 6,
     "docs/inference.md": 2,
-    "docs/export.md": 3,
+    "docs/export.md": 5,
     "docs/adapting.md": 3,
     "docs/operator.md": 4,
     "docs/natten_legacy.md": 4,

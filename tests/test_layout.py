@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1] / "nat_models"
 # longest name that starts its own.
 ROOMS = [
     ["errors"],
-    ["resources", "writing"],
+    ["resources", "writing", "onnx_graph"],
     ["ops.window", "ops.request", "ops.tracing"],
     ["ops.checks"],
     ["ops.backends"],
@@ -22,7 +22,7 @@ ROOMS = [
     ["ops.weights"],
     ["ops"],
     ["layers"],
-    ["complexity"],
+    ["complexity", "onnx_operator"],
     ["checkpoints"],
     ["networks"],
     ["fuse", "export", "integrations"],

@@ -2,7 +2,8 @@
 
     nat-models export --model nat_tiny --format onnx --output nat_tiny.onnx --dynamic-size --check
 
-onnx         plain ONNX operators, for onnxruntime and its like
+onnx         plain ONNX operators, for onnxruntime and its like; with --custom-op, attention calls the C++ kernel,
+             which onnxruntime is told of: SessionOptions.register_custom_ops_library(nat_models.custom_ops_library())
 pt2          torch.export: torch.export.load("nat_tiny.pt2").module()
 aoti         compiled by AOTInductor for this machine: torch._inductor.aoti_load_package("nat_tiny.pt2")
 torchscript  a trace: torch.jit.load("nat_tiny.pt")
@@ -46,6 +47,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--format", choices=FORMATS, default="onnx")
     add("--output", type=Path, help="file to write; by default the model's name and the format's suffix")
     add("--dynamic-size", action="store_true", help="take any height and width")
+    add("--custom-op", action="store_true", help="ONNX: let attention call the C++ kernel, registered in ONNX Runtime")
     add("--dtype", choices=DTYPES, default="float32", help="of the weights; ONNX computes in float32")
     add("--check", action="store_true", help="run the file beside the model and print the largest difference")
     add("--check-images", nargs="+", metavar="SOURCE", help="of a detector: check on images, not on random ones")
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     output = args.output
     if output is None:
         output = Path(f"{args.model.rpartition('/')[2]}{FORMATS[args.format][0]}")
-    check_output(output, args.format, args.dynamic_size)  # better known before weights are loaded
+    check_output(output, args.format, args.dynamic_size, args.custom_op)  # better known before weights are loaded
     if is_detector(folder := Path(args.model)):
         return _export_detector(args, folder, output)
     if args.check_images is not None:
@@ -70,6 +72,7 @@ def run(args: argparse.Namespace) -> None:
         dynamic_size=args.dynamic_size,
         dtype=args.dtype,
         check=args.check,
+        custom_op=args.custom_op,
         **about,
     )
 
@@ -111,6 +114,7 @@ def _export_detector(args: argparse.Namespace, folder: Path, output: Path) -> No
         preprocessing={key: getattr(about, key) for key in kept},
         labels=about.classes,
         category_ids=about.ids(),
+        custom_op=args.custom_op,
     )
 
 

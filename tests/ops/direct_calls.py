@@ -334,7 +334,7 @@ def _check_plan(plan, tile, size, kernel, dilation) -> None:
 def main(operators: str, examples: str, log: str, library: str | None = None) -> None:
     """Makes random calls of operators; `log` holds the last of them. Prints how many were answered and refused."""
     if library is not None:
-        native._find = lambda: Path(library)
+        native.library_path = lambda: Path(library)
         assert native.available()[0], native.available()[1]
     warnings.simplefilter("ignore")  # of PyTorch, on nested and sparse tensors
     for operator in operators.split(","):

@@ -70,7 +70,7 @@ def test_clang_builds_the_kernel_without_a_warning_and_it_passes_the_grid(tmp_pa
     assert results["test_simd_baseline"] == 0 and set(results.values()) <= {0, SKIPPED}, results
     code = (
         "import sys, pathlib, pytest, nat_models.ops.backends.native as native\n"
-        "native._find = lambda: pathlib.Path(sys.argv[1])\n"
+        "native.library_path = lambda: pathlib.Path(sys.argv[1])\n"
         "assert native.available()[1].startswith(sys.argv[2] + ',') or sys.exit(77), native.available()\n"
         "sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', *sys.argv[3:]]))"
     )

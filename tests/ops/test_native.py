@@ -322,7 +322,7 @@ def test_sanitizers_find_nothing_in_the_grid(isa, sanitized):
     environment = {**os.environ, **preloaded, "NAT_MODELS_CPU_ISA": isa}
     code = (
         "import sys, pathlib, pytest, nat_models.ops.backends.native as native\n"
-        "native._find = lambda: pathlib.Path(sys.argv[1])\n"
+        "native.library_path = lambda: pathlib.Path(sys.argv[1])\n"
         "print(native.available())\n"
         "sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', *sys.argv[2:]]))"
     )
@@ -349,7 +349,7 @@ class _OtherVersion:
 
     def __init__(self, **functions):
         self.functions = functions
-        self.library = ctypes.CDLL(str(native._find()))
+        self.library = ctypes.CDLL(str(native.library_path()))
 
     def __getattr__(self, name):
         return self.functions[name] if name in self.functions else getattr(self.library, name)
@@ -375,4 +375,4 @@ def test_a_missing_library_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "__file__", str(tmp_path / "backends" / "native.py"))
     monkeypatch.setattr(native.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"`apt install g\+\+`.*`xcode-select --install`.*`pip install"):
-        native._find()
+        native.library_path()

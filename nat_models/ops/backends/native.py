@@ -46,7 +46,8 @@ _REINSTALL = "pip install --force-reinstall --no-deps ."
 _MEND = f"install a C++ compiler (`apt install g++`, `xcode-select --install`), then `{_REINSTALL}` in the clone"
 
 
-def _find() -> Path:
+def library_path() -> Path:
+    """Where the library is; raises a FileNotFoundError where it was not built."""
     # An editable install leaves the sources where they are and puts what it built among the installed packages.
     built = Path(sysconfig.get_path("platlib"), *__package__.split(".")[:-1])
     folders = dict.fromkeys([Path(__file__).parents[1], built])
@@ -62,7 +63,7 @@ def _find() -> Path:
 @functools.cache
 def _load() -> ctypes.CDLL:
     # PyDLL would hold the GIL; CDLL lets other Python threads run meanwhile.
-    path = _find()
+    path = library_path()
     library = ctypes.CDLL(str(path))
     for name, (restype, argtypes) in _SIGNATURES.items():
         function = getattr(library, name, None)

@@ -7,6 +7,15 @@ namespace {  // one copy of an inline function may serve objects that were built
 // More elements than any address space holds: sizes below it can be multiplied without overflow.
 constexpr double kMaxElements = double(int64_t(1) << 48);
 
+// The rule that a call's window breaks on any map; null if none.
+inline const char* broken_window_rule(const nat_na2d_call& call) {
+    for (int i = 0; i < 2; ++i) {
+        if (call.kernel[i] < 1 || call.kernel[i] % 2 == 0) return "kernel_size must be odd and at least 1";
+        if (call.dilation[i] < 1) return "dilation must be at least 1";
+    }
+    return nullptr;
+}
+
 // The rule that a call's sizes and window break; null if none.
 inline const char* broken_rule(const nat_na2d_call& call) {
     const int64_t sizes[] = {call.batch, call.height, call.width, call.heads, call.head_dim};
@@ -15,10 +24,9 @@ inline const char* broken_rule(const nat_na2d_call& call) {
         if (size < 0) return "sizes must not be negative";
         elements *= double(size);
     }
+    if (const char* rule = broken_window_rule(call)) return rule;
     const int64_t map[] = {call.height, call.width};
     for (int i = 0; i < 2; ++i) {
-        if (call.kernel[i] < 1 || call.kernel[i] % 2 == 0) return "kernel_size must be odd and at least 1";
-        if (call.dilation[i] < 1) return "dilation must be at least 1";
         // A quotient, because the product of any two numbers may overflow.
         if (call.kernel[i] > map[i] / call.dilation[i]) return "kernel_size * dilation must fit in the map";
     }

@@ -57,13 +57,17 @@ bool data_is_there(const nat_na2d_call& call, bool backward) {
     return good;
 }
 
-int32_t run(const nat_na2d_call* call, bool backward) {
+int32_t run_on(const nat_na2d_call* call, bool backward, nat_parallel_for run, int64_t threads) {
     if (broken_rule(*call)) return NAT_BAD_CALL;
     if (is_empty(*call)) return NAT_OK;
     if (!data_is_there(*call, backward)) return NAT_BAD_CALL;
+    return isa().entry(call, backward, run, threads);
+}
+
+int32_t run(const nat_na2d_call* call, bool backward) {
     uint32_t threads = 1;
     if (run_parallel && count_threads && count_threads(&threads) != 0) threads = 1;
-    return isa().entry(call, backward, run_parallel, threads);
+    return run_on(call, backward, run_parallel, threads);
 }
 
 }  // namespace
@@ -92,3 +96,7 @@ NAT_EXPORT void nat_set_threads(nat_parallel_for run, nat_num_threads count) {
 NAT_EXPORT int64_t nat_call_size(void) { return sizeof(nat_na2d_call); }
 NAT_EXPORT int32_t nat_na2d_forward(const nat_na2d_call* call) { return run(call, false); }
 NAT_EXPORT int32_t nat_na2d_backward(const nat_na2d_call* call) { return run(call, true); }
+
+int32_t nat_na2d_forward_on(const nat_na2d_call* call, nat_parallel_for run, int64_t threads) {
+    return run_on(call, false, run, threads);
+}

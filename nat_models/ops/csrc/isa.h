@@ -12,3 +12,6 @@ nat_entry nat_na2d_avx512;
 nat_entry nat_na2d_avx512_bf16;
 #endif
 #endif
+
+// nat_na2d_forward on given threads, not on those of nat_set_threads.
+int32_t nat_na2d_forward_on(const nat_na2d_call* call, nat_parallel_for run, int64_t threads);

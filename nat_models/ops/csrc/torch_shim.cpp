@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "checks.h"
+#include "packed.h"
 
 namespace {
 
@@ -53,11 +53,7 @@ struct Tensor {
         }
         return true;
     }
-    std::string shape() const {
-        std::string text = "[";
-        for (int64_t i = 0; i < dim; ++i) text += (i ? ", " : "") + std::to_string(size[i]);
-        return text + "]";
-    }
+    Shape shape() const { return {dim, size}; }
 };
 
 bool find_dtype(const Tensor& tensor, nat_na2d_call& call, int64_t& bytes) {
@@ -78,27 +74,17 @@ bool find_dtype(const Tensor& tensor, nat_na2d_call& call, int64_t& bytes) {
     return false;
 }
 
-// size == 2 * kernel - 1, without the product.
-bool is_rpb_size(int64_t size, int64_t kernel) { return size % 2 == 1 && size / 2 == kernel - 1; }
-
 // Fills the call's sizes and dtype. Returns the rule that the arguments break, null if none. The package has checked
 // them before it calls; whoever calls the operator itself has not. All tensors are dense ones of a CPU here: others
 // have another dispatch key.
 const char* fill(nat_na2d_call& call, const Tensor& qkv, const Tensor& rpb, int64_t& bytes) {
-    if (qkv.dim != 6 || qkv.size[3] != 3) return "qkv must be [B, H, W, 3, num_heads, head_dim]";
+    if (const char* rule = fill_sizes(call, qkv.shape())) return rule;
     if (!find_dtype(qkv, call, bytes)) return "qkv must be float32, float64, bfloat16 or float16";
-    call.batch = qkv.size[0];
-    call.height = qkv.size[1];
-    call.width = qkv.size[2];
-    call.heads = qkv.size[4];
-    call.head_dim = qkv.size[5];
     if (const char* rule = broken_rule(call)) return rule;
     const bool widened = call.dtype == NAT_BFLOAT16 && rpb.dtype == qkv.dtype;
     if (!widened && rpb.dtype != (call.dtype == NAT_FLOAT64 ? torch.dtype_float64() : torch.dtype_float32()))
         return "rpb must be float64 where qkv is, and float32 otherwise, or bfloat16 where qkv is";
-    if (rpb.dim != 3 || rpb.size[0] != call.heads || !is_rpb_size(rpb.size[1], call.kernel[0]) ||
-        !is_rpb_size(rpb.size[2], call.kernel[1]))
-        return "rpb must be [num_heads, 2*K_h-1, 2*K_w-1]";
+    if (const char* rule = broken_rpb_rule(call, rpb.shape())) return rule;
     if (is_empty(call)) return nullptr;
     if (!rpb.contiguous()) return "rpb must be contiguous";
     return call.head_dim == 1 || qkv.stride[5] == 1 ? nullptr : "the last axis of qkv must be dense";
@@ -120,12 +106,8 @@ const void* wide_rpb(const Tensor& rpb, std::vector<float>& memory) {
 // Contiguous, of the call's sizes.
 void* new_output(const nat_na2d_call& call, int32_t dtype) {
     const int64_t size[] = {call.batch, call.height, call.width, call.heads, call.head_dim};
-    int64_t stride[5] = {0, 0, 0, 0, 1};
-    for (int i = 3; i >= 0; --i) {
-        // Without elements, axes may be of any length.
-        if (__builtin_mul_overflow(stride[i + 1], size[i + 1] ? size[i + 1] : 1, &stride[i]))
-            refuse("the strides of the output overflow");
-    }
+    int64_t stride[5];
+    if (!contiguous_strides(size, 5, stride)) refuse("the strides of the output overflow");
     void* out;
     check(torch.empty_strided(5, size, stride, dtype, torch.device_type_cpu(), 0, &out));
     return out;
@@ -147,9 +129,7 @@ void na2d_qkvpacked_inference(uint64_t* stack, uint64_t, uint64_t) {
     }
     memcpy(&call.scale, &stack[6], sizeof call.scale);
     const auto values = [&] {
-        const auto pair = [](const int64_t* x) { return std::to_string(x[0]) + ", " + std::to_string(x[1]); };
-        return ", got qkv " + qkv.shape() + ", rpb " + rpb.shape() + ", kernel_size (" + pair(call.kernel) +
-               "), dilation (" + pair(call.dilation) + ")";
+        return ", got qkv " + qkv.shape().text() + ", rpb " + rpb.shape().text() + ", " + window_text(call);
     };
     int64_t bytes = 0;
     if (const char* rule = fill(call, qkv, rpb, bytes)) refuse(rule + values());
@@ -157,13 +137,7 @@ void na2d_qkvpacked_inference(uint64_t* stack, uint64_t, uint64_t) {
     Tensor out(new_output(call, qkv.dtype));
     if (!is_empty(call)) {
         out.read();
-        nat_tensor* views[] = {&call.query, &call.key, &call.value};
-        for (int i = 0; i < 3; ++i) {
-            // A null, which the kernel refuses, stays one.
-            if (qkv.data) views[i]->data = static_cast<char*>(qkv.data) + i * qkv.stride[3] * bytes;
-            memcpy(views[i]->stride, qkv.stride, 3 * sizeof(int64_t));
-            views[i]->stride[3] = qkv.stride[4];
-        }
+        point_at(call, qkv.data, qkv.stride, bytes);
         std::vector<float> memory;
         call.rpb = wide_rpb(rpb, memory);
         call.out.data = out.data;
