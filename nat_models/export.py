@@ -22,6 +22,7 @@ from torch.export import Dim, ExportedProgram
 from . import onnx_graph, onnx_operator
 from .checkpoints.saving import label_names
 from .errors import UserError, missing_extra, require
+from .fixed_size import fix_size
 from .networks.upernet import UPerNet
 from .ops import use_backend
 
@@ -284,7 +285,9 @@ def export(
     elif weights != torch.float32:
         model = LowPrecision(model, weights)
 
-    write_file(output, partial(write, model, torch.randn(2, *data_config["input_size"]), dynamic_size, metadata))
+    image = torch.randn(2, *data_config["input_size"])
+    written = fix_size(model, image) if format == "onnx" and not dynamic_size else model
+    write_file(output, partial(write, written, image, dynamic_size, metadata))
     if not check:
         return
     exported = load(output)

@@ -25,6 +25,7 @@ ROOMS = [
     ["complexity", "onnx_operator"],
     ["checkpoints"],
     ["networks"],
+    ["fixed_size"],
     ["fuse", "export", "integrations"],
     ["conversion", "detector_export"],
     [""],  # nat_models/__init__.py, which re-exports
