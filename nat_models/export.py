@@ -10,7 +10,6 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -195,8 +194,11 @@ def write_file(output: Path, write: Callable[[Path], None]) -> None:
     """Writes to a temporary name, moves the file, and says how large it is."""
     started = time.perf_counter()
     temporary = output.with_name(f"{output.stem}.tmp{output.suffix}")
-    write(temporary)
-    os.replace(temporary, output)
+    try:
+        write(temporary)
+        os.replace(temporary, output)
+    finally:
+        temporary.unlink(missing_ok=True)
     megabytes, seconds = output.stat().st_size / 1e6, time.perf_counter() - started
     print(f"{output}: {megabytes:.1f} MB in {seconds:.0f} s", flush=True)
 
@@ -220,6 +222,7 @@ def export(
     check: bool = False,
     preprocessing: Mapping | None = None,
     labels: Sequence[str] | None = None,
+    finish: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes the file and, if asked to, compares what it computes with the model.
 
@@ -234,6 +237,7 @@ def export(
         check: Load the file, run it, and print the largest difference.
         preprocessing: What the metadata say of it beside "input_size"; None means what the model says.
         labels: What the metadata call the classes; None means what the model says.
+        finish: Changes the written file before it has its name; nothing is written if it raises.
 
     Raises:
         UserError: The output is none for the format, a package is missing, or the check fails.
@@ -261,7 +265,12 @@ def export(
     elif weights != torch.float32:
         model = LowPrecision(model, weights)
 
-    write_file(output, partial(write, model, torch.randn(2, *data_config["input_size"]), dynamic_size, metadata))
+    def write_finished(path: Path) -> None:
+        write(model, torch.randn(2, *data_config["input_size"]), dynamic_size, metadata, path)
+        if finish is not None:
+            finish(path)
+
+    write_file(output, write_finished)
     if not check:
         return
     exported = load(output)
