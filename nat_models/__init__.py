@@ -5,6 +5,7 @@ from .checkpoints import list_weights
 from .fuse import fuse
 from .layers import NeighborhoodAttention1d, NeighborhoodAttention2d
 from .ops import na1d, na2d
+from .optimize import optimize
 
 __all__ = [
     "NeighborhoodAttention1d",
@@ -14,5 +15,6 @@ __all__ = [
     "na1d",
     "na2d",
     "networks",
+    "optimize",
 ]
 __version__ = "0.1.0"
