@@ -6,6 +6,7 @@ from .fuse import fuse
 from .layers import NeighborhoodAttention1d, NeighborhoodAttention2d
 from .onnx_operator import custom_ops_library
 from .ops import na1d, na2d
+from .optimize import optimize
 
 __all__ = [
     "NeighborhoodAttention1d",
@@ -16,5 +17,6 @@ __all__ = [
     "na1d",
     "na2d",
     "networks",
+    "optimize",
 ]
 __version__ = "0.1.0"

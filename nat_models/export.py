@@ -74,6 +74,8 @@ def write_onnx(
     model: nn.Module, image: Tensor, dynamic_size: bool, metadata: dict[str, str], path: Path, custom_op: bool = False
 ) -> None:
     require_onnx()
+    if not (dynamic_size or custom_op):
+        model = fix_size(model, image)
     with use_backend("blocked") if custom_op else nullcontext():
         captured = capture(model, image, dynamic_size)
     save_onnx(captured, ["logits"], OPSET, metadata, path, custom_op)
@@ -215,8 +217,11 @@ def write_file(output: Path, write: Callable[[Path], None]) -> None:
     """Writes to a temporary name, moves the file, and says how large it is."""
     started = time.perf_counter()
     temporary = output.with_name(f"{output.stem}.tmp{output.suffix}")
-    write(temporary)
-    os.replace(temporary, output)
+    try:
+        write(temporary)
+        os.replace(temporary, output)
+    finally:
+        temporary.unlink(missing_ok=True)
     megabytes, seconds = output.stat().st_size / 1e6, time.perf_counter() - started
     print(f"{output}: {megabytes:.1f} MB in {seconds:.0f} s", flush=True)
 
@@ -241,6 +246,7 @@ def export(
     preprocessing: Mapping | None = None,
     labels: Sequence[str] | None = None,
     custom_op: bool = False,
+    finish: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes the file and, if asked to, compares what it computes with the model.
 
@@ -256,6 +262,7 @@ def export(
         preprocessing: What the metadata say of it beside "input_size"; None means what the model says.
         labels: What the metadata call the classes; None means what the model says.
         custom_op: Let ONNX call the C++ kernel: the file needs onnx_operator.custom_ops_library().
+        finish: Changes the written file before it has its name; nothing is written if it raises.
 
     Raises:
         UserError: The output is none for the format, a package is missing, or the check fails.
@@ -285,9 +292,12 @@ def export(
     elif weights != torch.float32:
         model = LowPrecision(model, weights)
 
-    image = torch.randn(2, *data_config["input_size"])
-    written = fix_size(model, image) if format == "onnx" and not dynamic_size else model
-    write_file(output, partial(write, written, image, dynamic_size, metadata))
+    def write_finished(path: Path) -> None:
+        write(model, torch.randn(2, *data_config["input_size"]), dynamic_size, metadata, path)
+        if finish is not None:
+            finish(path)
+
+    write_file(output, write_finished)
     if not check:
         return
     exported = load(output)

@@ -14,11 +14,11 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import LayerScale, Mlp
+from timm.layers import LayerScale
 from torch import Tensor
 
 from .layers import NeighborhoodAttention2d
-from .networks.blocks import MapNorm, NATBlock, NATLevel
+from .networks.blocks import LeanMlp, MapNorm, NATBlock, NATLevel
 from .ops.window import window
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -230,7 +230,7 @@ def _tiling_name(attn: NeighborhoodAttention2d) -> str:
 
 def _is_plain(block: nn.Module) -> bool:
     """Whether a block is what _TiledBlock makes of it: one of ours, without layers of others or hooks in it."""
-    if type(block) is not NATBlock or type(block.attn) is not NeighborhoodAttention2d or type(block.mlp) is not Mlp:
+    if type(block) is not NATBlock or type(block.attn) is not NeighborhoodAttention2d or type(block.mlp) is not LeanMlp:
         return False
     attn, mlp = block.attn, block.mlp
     linear = (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)

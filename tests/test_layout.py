@@ -27,7 +27,7 @@ ROOMS = [
     ["networks"],
     ["fixed_size"],
     ["fuse", "export", "integrations"],
-    ["conversion", "detector_export"],
+    ["conversion", "detector_export", "optimize", "quantization"],
     [""],  # nat_models/__init__.py, which re-exports
     ["training"],  # settings, images, splits, run_state, report, task, models and what they build on
     ["training.tuning", "training.tasks", "training.embeddings", "training.evaluation"],

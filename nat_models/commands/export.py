@@ -8,6 +8,12 @@ pt2          torch.export: torch.export.load("nat_tiny.pt2").module()
 aoti         compiled by AOTInductor for this machine: torch._inductor.aoti_load_package("nat_tiny.pt2")
 torchscript  a trace: torch.jit.load("nat_tiny.pt")
 
+    nat-models export --model output/best --int8 --calibrate images
+
+int8 is for onnx: linear layers and convolutions in int8, the rest in float32. Ranges are taken from images below DIR,
+at most 256, and logits are compared with those of float32 on as many others; where the mean of their cosines is below
+0.995, nothing is written.
+
 A folder of a segmenter is exported whole, to the logits of each pixel; that of a detector to its detections.
 
 The file maps "image", [B, C, H, W] in float32, to "logits", [B, num_classes] in float32, for any B; of a segmenter
@@ -22,22 +28,30 @@ The file of a detector (not aoti) maps one "image", [1, C, H, W], H and W from 3
 """
 
 import argparse
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from timm.data.model_config import resolve_input_data_config
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional
 
 from ..detector_export import export_detector
 from ..errors import UserError
 from ..export import DTYPES, FORMATS, check_output, export
+from ..quantization import quantize_checked
+from ..training.decoding import Encoded
 from ..training.detectors import DetectorConfig, is_detector, load_detector
+from ..training.images import load_images, read_batches
 from ..training.mask_files import with_arrays
 from ..training.mask_sets import read_image
 from ..training.models import add_model_flags, model_from_flags
 from ..training.segmenters import is_segmenter, load_segmenter
 from ..training.splits import find_images
+
+_CALIBRATION = 256  # images that ranges are taken from, and as many to compare on
+_BATCH = 8
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +63,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--dynamic-size", action="store_true", help="take any height and width")
     add("--custom-op", action="store_true", help="ONNX: let attention call the C++ kernel, registered in ONNX Runtime")
     add("--dtype", choices=DTYPES, default="float32", help="of the weights; ONNX computes in float32")
+    add("--int8", action="store_true", help="quantise an onnx file, and compare it with float32 on images held out")
+    add("--calibrate", type=Path, metavar="DIR", help="with --int8: images as the model will see them; need no labels")
     add("--check", action="store_true", help="run the file beside the model and print the largest difference")
     add("--check-images", nargs="+", metavar="SOURCE", help="of a detector: check on images, not on random ones")
 
@@ -58,11 +74,14 @@ def run(args: argparse.Namespace) -> None:
     if output is None:
         output = Path(f"{args.model.rpartition('/')[2]}{FORMATS[args.format][0]}")
     check_output(output, args.format, args.dynamic_size, args.custom_op)  # better known before weights are loaded
+    _check_int8(args)
     if is_detector(folder := Path(args.model)):
         return _export_detector(args, folder, output)
     if args.check_images is not None:
         raise UserError(f"--check-images is for detectors, and {args.model} is none.")
     model, about = _model(args)
+    if args.int8:
+        about["finish"] = _quantizer(args, model)
     export(
         model,
         output,
@@ -71,10 +90,36 @@ def run(args: argparse.Namespace) -> None:
         img_size=args.img_size,
         dynamic_size=args.dynamic_size,
         dtype=args.dtype,
-        check=args.check,
+        check=args.check and not args.int8,  # which compares by itself, and not to be equal
         custom_op=args.custom_op,
         **about,
     )
+
+
+def _check_int8(args: argparse.Namespace) -> None:
+    if args.int8 != (args.calibrate is not None):
+        raise UserError("--int8 and --calibrate DIR go together: ranges of activations are taken from images.")
+    if not args.int8:
+        return
+    if args.format != "onnx" or args.dtype != "float32":
+        raise UserError(f"--int8 is for --format onnx in float32, got {args.format} in {args.dtype}.")
+    if is_detector(Path(args.model)) or is_segmenter(Path(args.model)):
+        raise UserError(f"--int8 is for classifiers, which {args.model} is none of.")
+
+
+def _quantizer(args: argparse.Namespace, model: nn.Module) -> Callable[[Path], None]:
+    """What quantises a file by images of --calibrate: one half for ranges, the other to compare on."""
+    images = find_images([args.calibrate])
+    if len(images) < 2:
+        raise UserError(f"--calibrate needs 2 images at least, {args.calibrate} holds {len(images)}.")
+    chosen = random.Random(0).sample(images, min(len(images), 2 * _CALIBRATION))
+    data_config = resolve_input_data_config(model, dict(img_size=args.img_size))
+
+    def batches(part: list[Encoded]) -> Iterator[Tensor]:
+        return (batch for batch, _ in read_batches(load_images(part, data_config, _BATCH)))
+
+    half = (len(chosen) + 1) // 2
+    return lambda path: quantize_checked(path, batches(chosen[:half]), batches(chosen[half:]))
 
 
 def _model(args: argparse.Namespace) -> tuple[nn.Module, dict]:

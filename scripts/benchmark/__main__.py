@@ -3,12 +3,14 @@
     python -m scripts.benchmark                     # op: the operator at NAT-Tiny's four levels
     python -m scripts.benchmark layer --batch 8     # the attention layer against timm's shifted-window attention
     python -m scripts.benchmark model --batch 8     # networks, images per second
-    python -m scripts.benchmark step --batch 8      # training steps: forward, backward, AdamW
+    python -m scripts.benchmark step --batch 8      # training steps, with AdamW; --dtype bfloat16 is autocast
     python -m scripts.benchmark memory --batch 8    # networks, peak memory of a forward and of a step
     python -m scripts.benchmark growth              # networks, time per pixel from 224 to 1024 px
     python -m scripts.benchmark gemm                # networks against their own linear layers and convolutions alone
     python -m scripts.benchmark dtype               # networks, bfloat16 against float32
     python -m scripts.benchmark compiled            # networks, eager, fused and compiled; compiling takes minutes
+    python -m scripts.benchmark runtime --batch 8   # networks in ONNX Runtime and OpenVINO, also one image at a time
+    python -m scripts.benchmark field --batch 8     # networks that are chosen for CPUs, each in its fastest form
     python -m scripts.benchmark segmentation --threads 2  # UPerNet against transformers' with timm's Swin-Tiny
     python -m scripts.benchmark detection --threads 2     # Mask R-CNN against torchvision's with timm's Swin-Tiny
     python -m scripts.benchmark tiles               # which tile the blocked backend should use, forward and backward
@@ -30,7 +32,10 @@ from nat_models.writing import write_atomically
 
 from .measure import machine
 from .plots import PLOTS, plot, print_table
+from .runtime import FIELD_DTYPES
 from .suites import MODELS, SUITES
+
+RUNTIME_DTYPES = {"runtime": ("float32",), "field": FIELD_DTYPES}  # `runtime` has its forms in all dtypes beside it
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -57,6 +62,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--models is for {', '.join(MODELS)}; {args.suite} runs no networks.")
     if args.plot and args.suite not in PLOTS:
         parser.error(f"--plot is for {', '.join(PLOTS)}; {args.suite} has none.")
+    if args.suite in RUNTIME_DTYPES and args.device != "cpu":
+        parser.error(f"--device must be cpu for {args.suite}, got {args.device}.")
+    dtypes = RUNTIME_DTYPES.get(args.suite)
+    if dtypes and args.dtype not in (None, *dtypes):
+        parser.error(f"--dtype must be {' or '.join(dtypes)} for {args.suite}, got {args.dtype}.")
     for path in (args.json, args.plot):
         if path is not None and not path.parent.is_dir():  # better known now than after minutes
             parser.error(f"there is no folder {path.parent} for {path.name}.")

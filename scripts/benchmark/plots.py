@@ -73,6 +73,7 @@ PLOTS = {
     "op": partial(_bars, suffix=" ms", log=True),
     "layer": partial(_bars, suffix=" ms"),
     "model": _accuracy_over_speed,
+    "field": _accuracy_over_speed,
     "step": partial(_bars, suffix="images/s"),
     "memory": partial(_bars, suffix=" MiB"),
     "growth": _time_per_pixel,

@@ -4,7 +4,7 @@ import argparse
 import copy
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import version
 
@@ -22,6 +22,8 @@ from nat_models.ops.backends import blocked, native
 from .detection import detection
 from .measure import Call, interleaved, peak_mib
 from .plots import short
+from .published import FIELD, TINY, TOP1, WINDOWED
+from .runtime import field, runtime
 from .segmentation import segmentation
 
 # height, width, num_heads of NAT-Tiny's levels at 224 px; head_dim 32, kernel 7.
@@ -32,16 +34,8 @@ LAYERS = [(96, 56), (192, 28), (384, 14), (768, 7)]  # channels and size of Swin
 GEMM_SIZE = 2048
 SIZE, SIZES = 224, [224, 384, 512, 768, 1024]  # px; SIZES of growth
 
-# ImageNet-1k top-1 at 224 px as published, for training on ImageNet-1k alone.
-FAMILIES = {
-    "NAT": {"nat_mini": 81.8, "nat_tiny": 83.2, "nat_small": 83.7, "nat_base": 84.3},  # arXiv:2204.07143
-    "Swin": {"swin_tiny_patch4_window7_224": 81.3, "swin_small_patch4_window7_224": 83.0},  # arXiv:2103.14030
-    "ConvNeXt": {"convnext_tiny": 82.1, "convnext_small": 83.1},  # arXiv:2201.03545
-}
-TOP1 = {name: (family, top1) for family, members in FAMILIES.items() for name, top1 in members.items()}
-TINY = ["swin_tiny_patch4_window7_224", "nat_tiny", "nat_mini", "convnext_tiny"]
 MODELS = {  # what a suite of networks runs unless --models says otherwise
-    "model": list(TOP1),
+    "model": WINDOWED,
     "step": TINY,
     "memory": TINY,
     "growth": ["nat_tiny"],
@@ -50,6 +44,8 @@ MODELS = {  # what a suite of networks runs unless --models says otherwise
     "segmentation": ["nat_tiny"],
     "detection": ["nat_tiny"],
     "compiled": [*TINY, "swin_small_patch4_window7_224"],
+    "runtime": TINY,
+    "field": FIELD,
 }
 
 
@@ -213,14 +209,22 @@ def _network(name: str, args: argparse.Namespace, size: int) -> Call:
 
 
 def _step(name: str, args: argparse.Namespace, size: int) -> Call:
-    """A training step of a network with stochastic depth 0.2: forward, backward, AdamW."""
-    network = timm.create_model(name, drop_path_rate=0.2, device=args.device, dtype=args.dtype).train()
-    x = torch.randn(args.batch, 3, size, size, device=args.device, dtype=args.dtype)
+    """A training step of a network with stochastic depth 0.2: forward, backward, AdamW.
+
+    In bfloat16 or float16 as people train in them: under autocast, on parameters in float32.
+    """
+    lowered = args.dtype in (torch.bfloat16, torch.float16)
+    dd = dict(device=args.device, dtype=torch.float32 if lowered else args.dtype)
+    network = timm.create_model(name, drop_path_rate=0.2, **dd).train()
+    x = torch.randn(args.batch, 3, size, size, **dd)
     optimizer = torch.optim.AdamW(network.parameters())
+    autocast = partial(torch.autocast, torch.device(args.device).type, args.dtype) if lowered else nullcontext
 
     @torch.enable_grad()
     def run() -> None:
-        network(x).square().mean().backward()
+        with autocast():
+            loss = network(x).square().mean()
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -245,7 +249,7 @@ def model(args: argparse.Namespace) -> list[dict]:
 
 
 def step(args: argparse.Namespace) -> list[dict]:
-    """Training steps of networks."""
+    """Training steps of networks, in a --dtype of 16 bits under autocast."""
     ms = interleaved({name: _step(name, args, SIZE) for name in args.models}, args.seconds, args.device)
     first = short(args.models[0])
     return [
@@ -387,5 +391,8 @@ def tiles(args: argparse.Namespace) -> list[dict]:
 
 SUITES = {
     f.__name__: f
-    for f in (op, layer, model, step, memory, growth, gemm, dtype, compiled, segmentation, detection, tiles)
+    for f in (
+        *(op, layer, model, step, memory, growth, gemm, dtype, compiled),
+        *(runtime, field, segmentation, detection, tiles),
+    )
 }

@@ -247,11 +247,14 @@ def test_a_peer_that_computes_something_else_is_left_out(monkeypatch):
     [
         (
             ["gemm", "--plot", "x.png"],
-            "--plot is for op, layer, model, step, memory, growth, segmentation, detection; gemm has none.",
+            "--plot is for op, layer, model, field, step, memory, growth, segmentation, detection; gemm has none.",
         ),
         (["op", "--models", "nat_mini"], "op runs no networks."),
         (["op", "--json", "nowhere/x.json"], "there is no folder nowhere for x.json."),
         (["dtype", "--dtype", "float32"], "compares another --dtype with float32."),
+        (["runtime", "--dtype", "bfloat16"], "--dtype must be float32 for runtime, got bfloat16."),
+        (["field", "--dtype", "float16"], "--dtype must be float32 or bfloat16 for field, got float16."),
+        (["field", "--device", "cuda"], "--device must be cpu for field, got cuda."),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_runs(arguments, message, capsys):

@@ -1,0 +1,151 @@
+"""An ONNX file in int8: its linear layers and convolutions, on weights and activations whose ranges images have shown.
+
+The products of the attention, softmax, norms and everything between them stay in float32. Weights are int8, per output
+channel; activations are uint8, per tensor, as VNNI multiplies them. The file holds plain ONNX operators, QuantizeLinear
+and DequantizeLinear among them.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import UserError
+from .export import load_onnx, require_onnx
+
+LEAST_COSINE = 0.995  # of logits with those of float32, the mean of images; below it a file is refused
+_QUANTIZED = ("MatMul", "Gemm", "Conv")
+# ONNX Runtime has a product of int8 whose output is float32 for these. Requantised, the output of a linear layer would
+# lose accuracy, and be made float32 again for what follows it.
+_FLOAT_OUTPUTS = ("MatMul", "Gemm")
+
+
+class Agreement(NamedTuple):
+    """How near the logits of two files are.
+
+    Attributes:
+        images: How many were compared.
+        cosine: Between logits, the mean of the images.
+        least_cosine: That of the image that differs most.
+        top1: Part of the images on whose first class both agree.
+    """
+
+    images: int
+    cosine: float
+    least_cosine: float
+    top1: float
+
+    def __str__(self) -> str:
+        return (
+            f"cosine of logits {self.cosine:.5f} (least {self.least_cosine:.5f}), "
+            f"the same first class for {self.top1:.1%} of {self.images} images"
+        )
+
+
+class _Reader:
+    """Calibration images as onnxruntime asks for them."""
+
+    def __init__(self, batches: Iterable[Tensor]) -> None:
+        self.batches: Iterator[Tensor] = iter(batches)
+        self.images = 0
+
+    def get_next(self) -> dict | None:
+        batch = next(self.batches, None)
+        if batch is None:
+            return None
+        self.images += len(batch)
+        return {"image": batch.numpy()}
+
+
+def quantize_onnx(path: Path, calibration: Iterable[Tensor]) -> int:
+    """Quantises a file that `export` wrote, in place.
+
+    Args:
+        path: A file in the format onnx, in float32; keeps its metadata.
+        calibration: Batches [B, C, H, W] of images that are preprocessed as the model asks.
+
+    Returns:
+        How many images were seen.
+
+    Raises:
+        UserError: A package is missing, or there is no image.
+    """
+    require_onnx()
+    import onnx
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+
+    model = onnx.load(path)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    constants = {initializer.name for initializer in model.graph.initializer}
+    quantized = [node for node in model.graph.node if node.op_type in _QUANTIZED]
+    # The second factor of a product in the attention is computed.
+    attention = [node.name for node in quantized if node.input[1] not in constants]
+    # Says that shapes are known, which quantize_static would recommend at every call.
+    onnx.helper.set_model_props(model, {**metadata, "onnx.quant.pre_process": "onnxruntime.quant"})
+    reader, temporary = _Reader(calibration), path.with_name(f"{path.stem}.int8.onnx")
+    try:
+        quantize_static(
+            model,
+            temporary,
+            reader,
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=list(_QUANTIZED),
+            nodes_to_exclude=attention,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            extra_options={"OpTypesToExcludeOutputQuantization": list(_FLOAT_OUTPUTS)},
+        )
+        model = onnx.load(temporary)
+        onnx.helper.set_model_props(model, metadata)
+        onnx.save(model, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return reader.images
+
+
+def compare(path: Path, other: Path, batches: Iterable[Tensor]) -> Agreement:
+    """How near the logits of two files are, over batches [B, C, H, W] of images, in ONNX Runtime."""
+    runs = [load_onnx(p).run for p in (path, other)]
+    cosines, same = [], []
+    for batch in batches:
+        logits = [run(batch) for run in runs]
+        cosines.append(torch.nn.functional.cosine_similarity(*logits))
+        same.append(logits[0].argmax(1) == logits[1].argmax(1))
+    cosine, equal = torch.cat(cosines), torch.cat(same).float()
+    return Agreement(len(cosine), cosine.mean().item(), cosine.min().item(), equal.mean().item())
+
+
+def quantize_checked(
+    path: Path, calibration: Iterable[Tensor], held_out: Iterable[Tensor], least_cosine: float = LEAST_COSINE
+) -> None:
+    """Quantises a file in place, as `quantize_onnx` does, and prints how near it stays to what it was.
+
+    Args:
+        path: A file in the format onnx, in float32.
+        calibration: Batches [B, C, H, W] that ranges are taken from.
+        held_out: Batches of other images, on which both are compared.
+        least_cosine: What the mean cosine of logits has to be.
+
+    Raises:
+        UserError: The cosine is less; the file at `path` is then what it was.
+    """
+    original = path.with_name(f"{path.stem}.float32.onnx")
+    os.replace(path, original)
+    try:
+        path.write_bytes(original.read_bytes())
+        count = quantize_onnx(path, calibration)
+        agreement = compare(path, original, held_out)
+        print(f"int8, calibrated on {count} images; {agreement}", flush=True)
+        if not agreement.cosine >= least_cosine:
+            os.replace(original, path)
+            raise UserError(
+                f"The cosine of int8 logits with those of float32 must be at least {least_cosine}, "
+                f"got {agreement.cosine:.5f} over {agreement.images} images: nothing was written."
+            )
+    finally:
+        original.unlink(missing_ok=True)

@@ -1,0 +1,154 @@
+"""Networks in ONNX Runtime and OpenVINO beside eager PyTorch: one exporter writes them all, with a dynamic batch."""
+
+import argparse
+import copy
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor, nn
+
+from nat_models.export import write_onnx
+
+from .measure import Call, interleaved
+from .plots import short
+from .published import SWIN_TINY, TOP1
+
+SIZE = 224  # px
+
+
+class Form(NamedTuple):
+    """A way to run a network.
+
+    Attributes:
+        package: What it needs installed; None for PyTorch itself.
+        write: Makes its file of a network and an example; forms of one writer share the file.
+        load: Makes of the file, or without a writer of the network, what runs one array or tensor [B, C, H, W].
+        dtype: Of the computation; int8 has float32 around it.
+    """
+
+    package: str | None
+    write: Callable[[nn.Module, Tensor, Path], None] | None
+    load: Callable[[Path | nn.Module], Callable]
+    dtype: str = "float32"
+
+
+def _network(name: str) -> nn.Module:
+    return timm.create_model(name).eval()
+
+
+def _plain(network: nn.Module, image: Tensor, path: Path) -> None:
+    write_onnx(network, image, False, {}, path)
+
+
+def _eager(network: nn.Module, dtype: torch.dtype) -> Callable:
+    network = copy.deepcopy(network).to(dtype)
+    return lambda image: network(torch.from_numpy(image).to(dtype))
+
+
+def _onnxruntime(path: Path) -> Callable:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda image: session.run(None, {"image": image})
+
+
+def _openvino(path: Path, precision: str) -> Callable:
+    import openvino
+
+    properties = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",  # all threads on one request
+    }
+    compiled = openvino.Core().compile_model(path, "CPU", properties)
+    return lambda image: compiled(image)
+
+
+# A form more, a custom operator say, is a line here and, where its file is another one, a writer.
+FORMS = {
+    "eager": Form(None, None, partial(_eager, dtype=torch.float32)),
+    "eager bfloat16": Form(None, None, partial(_eager, dtype=torch.bfloat16), "bfloat16"),
+    "ONNX Runtime": Form("onnxruntime", _plain, _onnxruntime),
+    "OpenVINO": Form("openvino", _plain, partial(_openvino, precision="f32")),
+    "OpenVINO bfloat16": Form("openvino", _plain, partial(_openvino, precision="bf16"), "bfloat16"),
+}
+FIELD_DTYPES = tuple(dict.fromkeys(form.dtype for form in FORMS.values() if form.dtype != "int8"))
+
+
+def _installed(args: argparse.Namespace, forms: list[str]) -> list[str]:
+    """Those forms whose package is here; of a package that is not, a note says so."""
+    missing = {FORMS[form].package for form in forms if FORMS[form].package is not None}
+    missing = sorted(package for package in missing if importlib.util.find_spec(package) is None)
+    args.notes += [f"{package} is not installed: its forms are left out" for package in missing]
+    return [form for form in forms if FORMS[form].package not in missing]
+
+
+def _contestants(args: argparse.Namespace, forms: list[str], folder: Path) -> dict[tuple[str, str], Callable]:
+    """What runs an array [B, C, H, W], by network and form; what cannot be exported or loaded is noted."""
+    found = {}
+    for name in args.models:
+        network, files = _network(name), {}
+        for form in forms:
+            _, write, load, _ = FORMS[form]
+            try:
+                if write is not None and write not in files:
+                    files[write] = folder / f"{name}_{len(files)}.onnx"
+                    write(network, torch.randn(2, 3, SIZE, SIZE), files[write])
+                found[name, form] = load(network if write is None else files[write])
+                found[name, form](np.zeros((2, 3, SIZE, SIZE), np.float32))
+            except Exception as error:  # one that fails must not stop the suite
+                found.pop((name, form), None)
+                line = next(iter(str(error).splitlines()), "")
+                args.notes.append(f"{name} is left out in {form}: {type(error).__name__}: {line}")
+    return found
+
+
+def _measure(args: argparse.Namespace, forms: list[str]) -> list[dict]:
+    """Rows of networks and forms, at --batch and, where that is another, one image at a time."""
+    rows = []
+    with TemporaryDirectory() as folder:
+        found = _contestants(args, _installed(args, forms), Path(folder))
+        batches = sorted({args.batch, 1}, reverse=True)
+        images = {
+            batch: np.random.default_rng(0).standard_normal((batch, 3, SIZE, SIZE), np.float32) for batch in batches
+        }
+        calls: dict[tuple[str, str, int], Call] = {
+            (*key, batch): partial(run, images[batch]) for key, run in found.items() for batch in batches
+        }
+        ms = interleaved(calls, args.seconds, args.device)
+    for name, form in found:
+        family, top1 = TOP1.get(name, (None, None))
+        row = {"model": name, "family": family, "top-1": top1, "form": form}
+        for batch in batches:
+            row[f"images/s, batch {batch}"] = 1e3 * batch / ms[name, form, batch]
+            if SWIN_TINY in args.models:  # None where it could not be run in this form
+                peer = ms.get((SWIN_TINY, form, batch))
+                row[f"over {short(SWIN_TINY)}, batch {batch}"] = peer and peer / ms[name, form, batch]
+        rows.append(row)
+    return rows
+
+
+def runtime(args: argparse.Namespace) -> list[dict]:
+    """Networks eager and in the runtimes that are installed, each form against Swin-Tiny in the same one."""
+    return _measure(args, list(FORMS))
+
+
+def field(args: argparse.Namespace) -> list[dict]:
+    """The fastest form, of those in --dtype, of networks that are chosen for CPUs: speed and published accuracy."""
+    dtype = str(args.dtype).removeprefix("torch.")
+    rows = _measure(args, [name for name, form in FORMS.items() if form.dtype == dtype])
+    speed = f"images/s, batch {args.batch}"
+    best = {}
+    for row in rows:
+        if row["model"] not in best or row[speed] > best[row["model"]][speed]:
+            best[row["model"]] = row
+    return [{**row, "images/s": row[speed]} for row in best.values()]
