@@ -8,13 +8,16 @@ and DequantizeLinear among them.
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .errors import UserError
 from .export import load_onnx, require_onnx
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, ModelProto
 
 LEAST_COSINE = 0.995  # of logits with those of float32, the mean of images; below it a file is refused
 _QUANTIZED = ("MatMul", "Gemm", "Conv")
@@ -79,6 +82,7 @@ def quantize_onnx(path: Path, calibration: Iterable[Tensor]) -> int:
 
     model = onnx.load(path)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
+    _fold_weights(model)
     constants = {initializer.name for initializer in model.graph.initializer}
     quantized = [node for node in model.graph.node if node.op_type in _QUANTIZED]
     # The second factor of a product in the attention is computed.
@@ -106,6 +110,53 @@ def quantize_onnx(path: Path, calibration: Iterable[Tensor]) -> int:
     finally:
         temporary.unlink(missing_ok=True)
     return reader.images
+
+
+def _fold_weights(model: "ModelProto") -> None:
+    """Makes initializers of weights and biases that are computed from initializers alone, as nat_models.fixed_size
+    writes them: only initializers become int8 once and for all. Masks, which are larger, stay as they are written."""
+    import onnx
+    import onnxruntime
+
+    graph = model.graph
+    made_by = {name: node for node in graph.node for name in node.output}
+    known = {initializer.name: True for initializer in graph.initializer} | {"": True}  # "" is an input left out
+
+    def constant(name: str) -> bool:
+        if name not in known:
+            node = made_by.get(name)
+            known[name] = node is not None and all(map(constant, node.input))
+        return known[name]
+
+    initializers = set(known)
+    layers = [node for node in graph.node if node.op_type in _QUANTIZED and not constant(node.output[0])]
+    computed = {name for node in layers for name in node.input[1:] if constant(name)} - initializers
+    if computed:
+        infos = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in sorted(computed)]
+        part = onnx.ModelProto()
+        part.CopyFrom(model)
+        del part.graph.input[:], part.graph.output[:]
+        part.graph.output.extend(infos)
+        _drop_unused(part.graph)
+        session = onnxruntime.InferenceSession(part.SerializeToString(), providers=["CPUExecutionProvider"])
+        values = map(onnx.numpy_helper.from_array, session.run(sorted(computed), {}), sorted(computed))
+        for node in graph.node:
+            node.output[:] = ["" if name in computed else name for name in node.output]
+        graph.initializer.extend(values)
+    _drop_unused(graph)
+
+
+def _drop_unused(graph: "GraphProto") -> None:
+    """Removes nodes and initializers of which no output of the graph depends."""
+    wanted = {output.name for output in graph.output}
+    for node in reversed(list(graph.node)):  # ONNX orders nodes so that each stands after what it takes
+        if wanted.isdisjoint(filter(None, node.output)):
+            graph.node.remove(node)
+        else:
+            wanted.update(node.input)
+    for initializer in list(graph.initializer):
+        if initializer.name not in wanted:
+            graph.initializer.remove(initializer)
 
 
 def compare(path: Path, other: Path, batches: Iterable[Tensor]) -> Agreement:

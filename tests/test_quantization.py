@@ -10,7 +10,7 @@ from PIL import Image
 from timm.models import save_for_hf
 
 import nat_models.commands.export as command
-from nat_models import quantization
+from nat_models import NeighborhoodAttention2d, quantization
 from nat_models.cli import main
 from nat_models.export import export, load_onnx
 
@@ -79,7 +79,8 @@ def test_weights_are_int8_by_channel_and_products_of_the_attention_stay_in_float
         assert arrays[weight.input[0]].dtype == np.int8
         assert arrays[weight.input[1]].size > 1, "one scale for all channels"
     linear = sum(isinstance(m, torch.nn.Linear | torch.nn.Conv2d) for m in saved.modules())
-    assert quantized == linear < len(products)
+    attentions = sum(isinstance(m, NeighborhoodAttention2d) for m in saved.modules())
+    assert quantized == linear + 2 * attentions < len(products)  # queries, keys and values have a layer each
     assert {node.domain for node in graph.node} == {""}, "operators beyond plain ONNX"
 
 
