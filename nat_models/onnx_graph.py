@@ -1,7 +1,7 @@
-"""Exported graphs as ONNX Runtime likes them: it fuses a residual sum, its bias and the normalisation that follows.
+"""Exported graphs with fewer Reshapes, each of which is a node that runs.
 
-It does so for tokens of rank 3 that no Reshape parts. The networks' blocks take and return maps [B, H, W, C], add
-tokens [B, H * W, C] and view the one as the other all the time, which costs PyTorch nothing.
+The networks' blocks take and return maps [B, H, W, C], add tokens [B, H * W, C] and view the one as the other all the
+time, which costs PyTorch nothing.
 """
 
 from typing import TYPE_CHECKING

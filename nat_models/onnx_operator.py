@@ -40,8 +40,12 @@ def custom_ops_library() -> str:
     return str(native.library_path())
 
 
-def make_session(path: Path) -> "onnxruntime.InferenceSession":
+def make_session(path: Path, threads: int = 0) -> "onnxruntime.InferenceSession":
     """A session on the CPU, with the library registered where there is one.
+
+    Args:
+        path: Of the file.
+        threads: Of the session; 0 leaves their number to ONNX Runtime.
 
     Raises:
         UserError: The file needs the library, and there is none.
@@ -49,6 +53,7 @@ def make_session(path: Path) -> "onnxruntime.InferenceSession":
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
     found, reason = native.available()
     if found:
         options.register_custom_ops_library(custom_ops_library())

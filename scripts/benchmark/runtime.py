@@ -14,7 +14,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from nat_models import NeighborhoodAttention2d
 from nat_models.export import write_onnx
+from nat_models.onnx_operator import make_session
+from nat_models.quantization import quantize_onnx
 
 from .measure import Call, interleaved
 from .plots import short
@@ -47,17 +50,23 @@ def _plain(network: nn.Module, image: Tensor, path: Path) -> None:
     write_onnx(network, image, False, {}, path)
 
 
+def _custom(network: nn.Module, image: Tensor, path: Path) -> None:
+    ours = any(isinstance(module, NeighborhoodAttention2d) for module in network.modules())
+    write_onnx(network, image, False, {}, path, custom_op=ours)  # a peer's file is the plain one
+
+
+def _int8(network: nn.Module, image: Tensor, path: Path) -> None:
+    _plain(network, image, path)
+    quantize_onnx(path, [torch.randn_like(image)])  # for speed alone: ranges of noise do
+
+
 def _eager(network: nn.Module, dtype: torch.dtype) -> Callable:
     network = copy.deepcopy(network).to(dtype)
     return lambda image: network(torch.from_numpy(image).to(dtype))
 
 
 def _onnxruntime(path: Path) -> Callable:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = make_session(path, threads=torch.get_num_threads())
     return lambda image: session.run(None, {"image": image})
 
 
@@ -73,11 +82,12 @@ def _openvino(path: Path, precision: str) -> Callable:
     return lambda image: compiled(image)
 
 
-# A form more, a custom operator say, is a line here and, where its file is another one, a writer.
 FORMS = {
     "eager": Form(None, None, partial(_eager, dtype=torch.float32)),
     "eager bfloat16": Form(None, None, partial(_eager, dtype=torch.bfloat16), "bfloat16"),
     "ONNX Runtime": Form("onnxruntime", _plain, _onnxruntime),
+    "ONNX Runtime, custom operator": Form("onnxruntime", _custom, _onnxruntime),
+    "ONNX Runtime int8": Form("onnxruntime", _int8, _onnxruntime, "int8"),
     "OpenVINO": Form("openvino", _plain, partial(_openvino, precision="f32")),
     "OpenVINO bfloat16": Form("openvino", _plain, partial(_openvino, precision="bf16"), "bfloat16"),
 }

@@ -65,7 +65,7 @@ def test_every_form_computes_the_network(tmp_path):
     for (_, form), call in found.items():
         answer = call(image)
         logits = answer if isinstance(answer, torch.Tensor) else torch.from_numpy(answer[0])
-        tolerance = {"float32": 1e-4, "bfloat16": 3e-2}[runtime.FORMS[form].dtype]  # roundings of 8 bits
+        tolerance = {"float32": 1e-4, "bfloat16": 3e-2, "int8": 0.2}[runtime.FORMS[form].dtype]  # roundings of 8 bits
         assert (logits.float() - expected).abs().max() <= tolerance * expected.abs().max(), form
 
 
@@ -73,11 +73,11 @@ def test_a_runtime_that_is_missing_is_noted(tmp_path, without_openvino):
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     rows, notes = run(tmp_path, "runtime", "--models", "convnext_tiny")
     assert notes == ["openvino is not installed: its forms are left out"]
-    assert {form for _, form in rows} == {"eager", "eager bfloat16", "ONNX Runtime"}
+    assert {form for _, form in rows} == {name for name in runtime.FORMS if not name.startswith("OpenVINO")}
 
 
 def test_a_network_that_fails_in_a_form_is_noted_and_the_others_go_on(tmp_path, monkeypatch, without_openvino):
-    def fail(*args):
+    def fail(*args, **kwargs):
         raise RuntimeError("no such operator\nand a long story")
 
     monkeypatch.setattr(runtime, "write_onnx", fail)
