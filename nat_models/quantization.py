@@ -2,12 +2,13 @@
 
 The products of the attention, softmax, norms and everything between them stay in float32. Weights are int8, per output
 channel; activations are uint8, per tensor, as VNNI multiplies them. The file holds plain ONNX operators, QuantizeLinear
-and DequantizeLinear among them.
+and DequantizeLinear among them, or those and the custom operator.
 """
 
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from .errors import UserError
 from .export import load_onnx, require_onnx
+from .onnx_operator import make_session
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto
+    from onnxruntime.quantization.calibrate import TensorsData
 
 LEAST_COSINE = 0.995  # of logits with those of float32, the mean of images; below it a file is refused
 _QUANTIZED = ("MatMul", "Gemm", "Conv")
@@ -78,7 +81,8 @@ def quantize_onnx(path: Path, calibration: Iterable[Tensor]) -> int:
     """
     require_onnx()
     import onnx
-    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization import QuantType
+    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
     model = onnx.load(path)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
@@ -87,29 +91,43 @@ def quantize_onnx(path: Path, calibration: Iterable[Tensor]) -> int:
     quantized = [node for node in model.graph.node if node.op_type in _QUANTIZED]
     # The second factor of a product in the attention is computed.
     attention = [node.name for node in quantized if node.input[1] not in constants]
-    # Says that shapes are known, which quantize_static would recommend at every call.
-    onnx.helper.set_model_props(model, {**metadata, "onnx.quant.pre_process": "onnxruntime.quant"})
-    reader, temporary = _Reader(calibration), path.with_name(f"{path.stem}.int8.onnx")
-    try:
-        quantize_static(
+    reader = _Reader(calibration)
+    with TemporaryDirectory(dir=path.parent) as folder:
+        temporary = Path(folder) / path.name
+        onnx.save(model, temporary)
+        quantizer = QDQQuantizer(
             model,
-            temporary,
-            reader,
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=list(_QUANTIZED),
-            nodes_to_exclude=attention,
             per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
+            reduce_range=False,
+            weight_qType=QuantType.QInt8,
+            activation_qType=QuantType.QUInt8,
+            tensors_range=_ranges(temporary, reader),
+            nodes_to_quantize=[],
+            nodes_to_exclude=attention,
+            op_types_to_quantize=list(_QUANTIZED),
             extra_options={"OpTypesToExcludeOutputQuantization": list(_FLOAT_OUTPUTS)},
         )
-        model = onnx.load(temporary)
-        onnx.helper.set_model_props(model, metadata)
-        onnx.save(model, temporary)
+        result = quantizer.quantize_model()
+        onnx.helper.set_model_props(result, metadata)  # the quantiser adds notes to itself
+        onnx.save(result, temporary)
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return reader.images
+
+
+def _ranges(path: Path, reader: _Reader) -> "TensorsData":
+    """The least and greatest values of the activations over the reader's images."""
+    from onnxruntime.quantization import MinMaxCalibrater
+
+    class Calibrater(MinMaxCalibrater):
+        def create_inference_session(self) -> None:
+            # Theirs registers no custom operators.
+            self.infer_session = make_session(Path(self.augmented_model_path))
+
+    calibrater = Calibrater(path, list(_QUANTIZED), str(path.with_name("augmented.onnx")))
+    calibrater.augment_graph()
+    calibrater.create_inference_session()
+    calibrater.collect_data(reader)
+    return calibrater.compute_data()
 
 
 def _fold_weights(model: "ModelProto") -> None:

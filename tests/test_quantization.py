@@ -13,6 +13,7 @@ import nat_models.commands.export as command
 from nat_models import NeighborhoodAttention2d, quantization
 from nat_models.cli import main
 from nat_models.export import export, load_onnx
+from tests.ops.conftest import needs_native
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -57,6 +58,25 @@ def test_an_int8_file_agrees_with_float32_on_images_it_was_not_calibrated_on(tmp
         with torch.no_grad():
             cosine = torch.nn.functional.cosine_similarity(exported.run(image), saved(image))
         assert cosine.min() > 0.99
+
+
+@needs_native
+def test_a_file_that_calls_the_kernel_is_quantised_too(tmp_path, saved):
+    path = tmp_path / "model.onnx"
+    export(saved, path, format="onnx", name="nat_mini", img_size=64, custom_op=True)
+    image = torch.randn(2, 3, 64, 64)
+    expected = load_onnx(path).run(image)
+    assert quantization.quantize_onnx(path, [image]) == 2
+    exported = load_onnx(path)
+    logits = exported.run(image)
+    assert torch.nn.functional.cosine_similarity(logits, expected).min() > 0.99 and not torch.equal(logits, expected)
+    nodes = onnx.load(path).graph.node
+    assert exported.metadata["model"] == "nat_mini"
+    assert sum(node.domain == "nat_models" for node in nodes) == 4
+    linear = sum(isinstance(m, torch.nn.Linear | torch.nn.Conv2d) for m in saved.modules())
+    names = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
+    layers = [node for node in nodes if node.op_type in ("MatMul", "Gemm", "Conv")]
+    assert len(layers) == linear and all(names.issuperset(node.input[:2]) for node in layers)
 
 
 def test_weights_are_int8_by_channel_and_products_of_the_attention_stay_in_float32(tmp_path, saved):

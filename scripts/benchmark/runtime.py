@@ -55,9 +55,13 @@ def _custom(network: nn.Module, image: Tensor, path: Path) -> None:
     write_onnx(network, image, False, {}, path, custom_op=ours)  # a peer's file is the plain one
 
 
-def _int8(network: nn.Module, image: Tensor, path: Path) -> None:
-    _plain(network, image, path)
+def _int8(network: nn.Module, image: Tensor, path: Path, write: Callable = _plain) -> None:
+    write(network, image, path)
     quantize_onnx(path, [torch.randn_like(image)])  # for speed alone: ranges of noise do
+
+
+def _custom_int8(network: nn.Module, image: Tensor, path: Path) -> None:
+    _int8(network, image, path, _custom)
 
 
 def _eager(network: nn.Module, dtype: torch.dtype) -> Callable:
@@ -88,6 +92,7 @@ FORMS = {
     "ONNX Runtime": Form("onnxruntime", _plain, _onnxruntime),
     "ONNX Runtime, custom operator": Form("onnxruntime", _custom, _onnxruntime),
     "ONNX Runtime int8": Form("onnxruntime", _int8, _onnxruntime, "int8"),
+    "ONNX Runtime int8, custom operator": Form("onnxruntime", _custom_int8, _onnxruntime, "int8"),
     "OpenVINO": Form("openvino", _plain, partial(_openvino, precision="f32")),
     "OpenVINO bfloat16": Form("openvino", _plain, partial(_openvino, precision="bf16"), "bfloat16"),
 }
