@@ -2,6 +2,7 @@
 
 import argparse
 from functools import partial
+from typing import NamedTuple
 
 import timm
 import torch
@@ -12,11 +13,24 @@ from nat_models.networks.upernet import upernet
 
 from .measure import Call, interleaved, peak_mib
 
-SIZE = 512  # px, what the published systems were trained at
-CHANNELS = 512
 _CLASSES = 150
 PEER = "swin_tiny_patch4_window7_224"
 FORMS = ("eager", "fused", "bfloat16", "fused bfloat16")  # of each --models
+
+
+class Work(NamedTuple):
+    """What every segmenter has to do.
+
+    Attributes:
+        size: Height and width of images, px.
+        channels: Of the head.
+    """
+
+    size: int
+    channels: int
+
+
+WORK = Work(512, 512)  # what the published systems were trained at, and with
 
 
 class _Maps(nn.Module):
@@ -32,30 +46,30 @@ class _Maps(nn.Module):
         return BackboneOutput(feature_maps=tuple(y.permute(0, 3, 1, 2) for y in self.network(x)))
 
 
-def _peer(size: int) -> nn.Module:
+def _peer(work: Work) -> nn.Module:
     """transformers' class, without the auxiliary head, which it would run in evaluation too."""
     from transformers import SwinConfig, UperNetConfig, UperNetForSemanticSegmentation
 
     levels = [f"stage{i}" for i in range(1, 5)]
     config = UperNetConfig(
         backbone_config=SwinConfig(embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24], out_features=levels),
-        hidden_size=CHANNELS,
+        hidden_size=work.channels,
         num_labels=_CLASSES,
         use_auxiliary_head=False,
     )
     network = UperNetForSemanticSegmentation(config)
-    network.backbone = _Maps(size)
+    network.backbone = _Maps(work.size)
     return network
 
 
-def _segmenter(name: str, form: str, args: argparse.Namespace) -> Call:
+def _segmenter(name: str, form: str, work: Work, args: argparse.Namespace) -> Call:
     """A call of a segmenter in evaluation."""
     torch.manual_seed(0)
-    network = _peer(SIZE) if name == PEER else upernet(name, _CLASSES, CHANNELS)
+    network = _peer(work) if name == PEER else upernet(name, _CLASSES, work.channels)
     network = network.to(args.device).eval()
     network = fuse(network) if form.startswith("fused") else network
     dtype = torch.bfloat16 if form.endswith("bfloat16") else torch.float32
-    return partial(network.to(dtype), torch.randn(args.batch, 3, SIZE, SIZE, device=args.device, dtype=dtype))
+    return partial(network.to(dtype), torch.randn(args.batch, 3, work.size, work.size, device=args.device, dtype=dtype))
 
 
 def segmentation(args: argparse.Namespace) -> list[dict]:
@@ -67,7 +81,7 @@ def segmentation(args: argparse.Namespace) -> list[dict]:
         args.notes.append("transformers is not installed: its UPerNet is left out")
     else:
         runs = [(PEER, "eager"), (PEER, "bfloat16"), *runs]
-    makers = {run: partial(_segmenter, *run, args) for run in runs}
+    makers = {run: partial(_segmenter, *run, WORK, args) for run in runs}
     ms = interleaved({run: make() for run, make in makers.items()}, args.seconds, args.device)
     try:
         peaks = dict(zip(runs, peak_mib(list(makers.values()), args.device), strict=True))
