@@ -42,6 +42,7 @@ def needs(*packages: str):
     return pytest.mark.skipif(bool(missing), reason=f"{missing} not installed")
 
 
+@pytest.mark.slow  # half a minute, and several runtimes with threads of their own in one process
 @needs("onnxruntime", "onnxscript", "openvino")
 def test_each_form_is_compared_with_swin_in_the_same_form_at_both_batches(tmp_path):
     rows, notes = run(tmp_path, "runtime", "--batch", "2", "--models", SWIN_TINY, "convnext_tiny")
@@ -54,6 +55,7 @@ def test_each_form_is_compared_with_swin_in_the_same_form_at_both_batches(tmp_pa
             assert ours[f"over swin_tiny, batch {batch}"] == pytest.approx(speeds[0] / speeds[1])
 
 
+@pytest.mark.slow  # half a minute, and several runtimes with threads of their own in one process
 @needs("onnxruntime", "onnxscript", "openvino")
 @torch.no_grad()
 def test_every_form_computes_the_network(tmp_path):
@@ -69,6 +71,7 @@ def test_every_form_computes_the_network(tmp_path):
         assert (logits.float() - expected).abs().max() <= tolerance * expected.abs().max(), form
 
 
+@pytest.mark.slow
 def test_a_runtime_that_is_missing_is_noted(tmp_path, without_openvino):
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     rows, notes = run(tmp_path, "runtime", "--models", "convnext_tiny")
