@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.utils._pytree import tree_map
 
 from . import onnx_graph, onnx_operator
 from .checkpoints.saving import label_names
@@ -36,14 +37,14 @@ TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 
 
 class LowPrecision(nn.Module):
-    """A model whose weights and computation are of low precision and whose input and output are float32."""
+    """A model whose weights and computation are of a dtype, and whose input and outputs are float32."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.model, self.dtype = model.to(dtype), dtype
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.model(image.to(self.dtype)).float()
+        return tree_map(Tensor.float, self.model(image.to(self.dtype)))
 
 
 class LowPrecisionWeights(LowPrecision):

@@ -5,7 +5,6 @@ import time
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from .errors import UserError
 from .fuse import fuse
@@ -25,8 +24,10 @@ class Optimized(nn.Module):
     """
 
     def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+        from .export import LowPrecision  # with torch.export, which `import nat_models` does without
+
         super().__init__()
-        compiled = torch.compile(_Computing(network, dtype), fullgraph=True)
+        compiled = torch.compile(LowPrecision(network, dtype), fullgraph=True)
         self._run = lambda image: compiled(image)  # a module in an attribute would be a child, with parameters
         self._seen: set[tuple] = set()
         self.report = ""
@@ -58,17 +59,6 @@ class Optimized(nn.Module):
 
     def _apply(self, fn, recurse: bool = True) -> nn.Module:
         raise ValueError("an optimised model stays on its device and in its dtype: optimise the model again.")
-
-
-class _Computing(nn.Module):
-    """A network that computes in a dtype of its own; input and output are float32."""
-
-    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.network, self.dtype = network.to(dtype), dtype
-
-    def forward(self, image: Tensor) -> Tensor:
-        return tree_map(Tensor.float, self.network(image.to(self.dtype)))
 
 
 def optimize(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None = None) -> Optimized:
