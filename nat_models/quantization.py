@@ -66,12 +66,13 @@ class _Reader:
         return {"image": batch.numpy()}
 
 
-def quantize_onnx(path: Path, calibration: Iterable[Tensor]) -> int:
-    """Quantises a file that `export` wrote, in place.
+def quantize_onnx(path: Path, calibration: Iterable[Tensor], output: Path | None = None) -> int:
+    """Quantises a file that `export` wrote.
 
     Args:
-        path: A file in the format onnx, in float32; keeps its metadata.
+        path: A file in the format onnx, in float32.
         calibration: Batches [B, C, H, W] of images that are preprocessed as the model asks.
+        output: The file to write, with the same metadata; None takes the place of the one that is read.
 
     Returns:
         How many images were seen.
@@ -110,7 +111,7 @@ def quantize_onnx(path: Path, calibration: Iterable[Tensor]) -> int:
         result = quantizer.quantize_model()
         onnx.helper.set_model_props(result, metadata)  # the quantiser adds notes to itself
         onnx.save(result, temporary)
-        os.replace(temporary, path)
+        os.replace(temporary, path if output is None else output)
     return reader.images
 
 
@@ -203,18 +204,16 @@ def quantize_checked(
     Raises:
         UserError: The cosine is less; the file at `path` is then what it was.
     """
-    original = path.with_name(f"{path.stem}.float32.onnx")
-    os.replace(path, original)
+    quantized = path.with_name(f"{path.stem}.int8.onnx")
     try:
-        path.write_bytes(original.read_bytes())
-        count = quantize_onnx(path, calibration)
-        agreement = compare(path, original, held_out)
+        count = quantize_onnx(path, calibration, quantized)
+        agreement = compare(quantized, path, held_out)
         print(f"int8, calibrated on {count} images; {agreement}", flush=True)
         if not agreement.cosine >= least_cosine:
-            os.replace(original, path)
             raise UserError(
                 f"The cosine of int8 logits with those of float32 must be at least {least_cosine}, "
                 f"got {agreement.cosine:.5f} over {agreement.images} images: nothing was written."
             )
+        os.replace(quantized, path)
     finally:
-        original.unlink(missing_ok=True)
+        quantized.unlink(missing_ok=True)
