@@ -15,6 +15,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from ..errors import UserError
@@ -84,6 +85,13 @@ def make_network(settings: Settings, task: Task, accelerator: Accelerator, initi
     return model
 
 
+def make_optimizer(settings: Settings, model: nn.Module, lr: float) -> Optimizer:
+    """What updates a network's weights, at the settings' decay."""
+    decay = dict(weight_decay=settings.weight_decay, layer_decay=settings.layer_decay)
+    fused = dict(fused=True) if settings.opt in _FUSED else {}
+    return create_optimizer_v2(model, opt=settings.opt, lr=lr, **decay, **fused)
+
+
 def prepare(settings: Settings, task: Task, accelerator: Accelerator, initial_weights: bool) -> Parts:
     """Network, optimizer, loaders and schedule of a run.
 
@@ -102,9 +110,7 @@ def prepare(settings: Settings, task: Task, accelerator: Accelerator, initial_we
     common["persistent_workers"] = settings.persistent_workers and settings.workers > 0
     train_loader = make_loader(train_set, sampler=order, drop_last=True, **common)
     val_loader = make_loader(val_set, sampler=share, **common)
-    decay = dict(weight_decay=settings.weight_decay, layer_decay=settings.layer_decay)
-    fused = dict(fused=True) if settings.opt in _FUSED else {}
-    optimizer = create_optimizer_v2(model, opt=settings.opt, lr=settings.lr, **decay, **fused)
+    optimizer = make_optimizer(settings, model, settings.lr)
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if sharded and settings.ema_decay is not None:
         raise UserError("ema_decay averages whole weights, which no process has under FSDP: leave it out.")

@@ -8,14 +8,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from matplotlib.figure import Figure
-from timm.optim import create_optimizer_v2
 
 from ..errors import UserError
 from ..writing import csv_text, write_atomically, writing
 from .drawing import png
 from .freezing import set_training
 from .images import make_loader, read_batches
-from .parts import make_accelerator, make_network, prepare, with_global_batch
+from .parts import make_accelerator, make_network, make_optimizer, prepare, with_global_batch
 from .report import console, track
 from .sampling import seed_step
 from .settings import Settings
@@ -62,7 +61,7 @@ def _try_step(settings: Settings, task: Task, accelerator: Accelerator) -> None:
     order = [(1, i % len(images)) for i in range(settings.batch_size)]
     (batch,) = read_batches(make_loader(images, settings.batch_size, sampler=order))
     batch = [part.to(accelerator.device) for part in batch]
-    optimizer = create_optimizer_v2(model, opt=settings.opt, lr=0.0)
+    optimizer = make_optimizer(settings, model, lr=0.0)
     set_training(model)
     with accelerator.autocast():
         loss = sum(task.losses(model, batch).values())
