@@ -16,6 +16,7 @@ from nat_models.export import FORMATS
 from nat_models.networks.detector import Detector
 from nat_models.networks.detector_graph import Detections, DetectorGraph
 from nat_models.training.detectors import DetectorConfig, load_detector, save_detector
+from tests.ops.conftest import needs_native
 
 TINY = dict(embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), kernel_size=3)
 SIZE = (64, 96)
@@ -126,6 +127,19 @@ def test_a_file_finds_what_the_detector_finds_and_nothing_where_it_finds_nothing
     found, expected = exported.run(image), exporting.detect(network, image)
     _close(found, expected)
     assert (len(found[2]) > 3) == finds and (len(found[2]) == 0) == (not finds)
+
+
+@pytest.mark.slow  # half a minute each
+@needs_native
+@pytest.mark.parametrize("system", ["mask_rcnn", "cascade_mask_rcnn"])
+def test_a_detectors_backbone_calls_the_kernel_in_onnx_runtime(system, tmp_path, capsys):
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    folder, path = _folder(tmp_path / "run", system, box_score_thresh=0.45), tmp_path / "detector.onnx"
+    flags = ["--custom-op", "--output", str(path), "--img-size", "64", "--check"]
+    assert main(["export", "--model", str(folder), *flags]) == 0
+    assert "detections of file and network agree" in capsys.readouterr().out
+    assert [node.op_type for node in onnx.load(path).graph.node if node.domain == "nat_models"] == 4 * ["na2d"]
 
 
 @torch.no_grad()
