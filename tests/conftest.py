@@ -10,12 +10,13 @@ from tests.fixtures.deterministic import array, parameter
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Several processes share the tests by file, because a file's tests share what is slow to make; pages of the
     documentation, which share nothing, go one by one."""
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
 def tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The order of the rooms: a module imports only from its own room and from rooms before it."""
 
 import ast
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ ROOMS = [
     ["ops.selection"],
     ["ops.registration"],
     ["ops.functional"],
-    ["ops.weights"],
+    ["ops.linear", "ops.weights"],
     ["ops"],
     ["layers"],
     ["complexity", "onnx_operator"],
@@ -110,3 +111,8 @@ def test_no_file_outgrows_its_room(module):
 @pytest.mark.parametrize("path", sorted((ROOT / "ops" / "csrc").iterdir()), ids=lambda path: path.name)
 def test_no_cpp_file_outgrows_its_room(path):
     assert len(path.read_text().splitlines()) <= 400
+
+
+def test_among_processes_tests_are_shared_out_by_file(request):
+    file, _, name = request.node.nodeid.partition("::")
+    assert name.endswith(f"@{file}") or os.environ.get("PYTEST_XDIST_WORKER") is None
