@@ -18,7 +18,8 @@ from timm.layers import LayerScale
 from torch import Tensor
 
 from .layers import NeighborhoodAttention2d
-from .networks.blocks import LeanMlp, MapNorm, NATBlock, NATLevel
+from .networks.blocks import NATBlock, NATLevel
+from .networks.parts import LeanMlp, MapNorm
 from .ops.window import window
 
 _Model = TypeVar("_Model", bound=nn.Module)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .ops import na2d_qk, na2d_qkvpacked
 from .ops.checks import as_row_rpb
+from .ops.linear import linear
 from .ops.window import row_window, window_pair
 
 
@@ -82,8 +83,9 @@ class NeighborhoodAttention2d(nn.Module):
         return self._attend(x, self.rpb)
 
     def _attend(self, x: Tensor, rpb: Tensor | None) -> Tensor:
+        tokens = with_zero_token(x, self.kernel_size, self.dilation)
         x = attend(
-            self.qkv(with_zero_token(x, self.kernel_size, self.dilation)),
+            self.qkv(tokens) if torch.jit.is_scripting() else linear(self.qkv, tokens),
             x,
             rpb,
             self.num_heads,
@@ -92,7 +94,7 @@ class NeighborhoodAttention2d(nn.Module):
             self.scale,
             self.attn_drop if self.training else 0.0,
         )
-        return self.proj_drop(self.proj(x))
+        return self.proj_drop(self.proj(x) if torch.jit.is_scripting() else linear(self.proj, x))
 
     def attention_weights(self, x: Tensor) -> Tensor:
         """Where each token looks: the weights that `forward` gives its keys, before any dropout.

@@ -5,14 +5,15 @@ from collections.abc import Sequence
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerScale, Mlp, PatchEmbed
+from timm.layers import DropPath, LayerScale, PatchEmbed
 from timm.models import checkpoint_seq
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor
 
 from ..layers import NeighborhoodAttention2d
 from ..ops.tracing import is_exporting
-from .recomputing import recomputing_gelu
+from .inference import infer, infers
+from .parts import LeanMlp, MapNorm
 
 DOWNSAMPLERS = ("conv", "merge", "none")  # create_model of timm drops arguments that are None
 
@@ -73,15 +74,6 @@ class ConvDownsampler(nn.Module):
         if _exporting():  # torch.export guards on B == 1 for a channels-last map; a contiguous clone avoids that
             x = x.clone(memory_format=torch.contiguous_format)
         return self.norm(self.reduction(x).permute(0, 2, 3, 1))
-
-
-class MapNorm(nn.LayerNorm):
-    """A LayerNorm that takes and returns [B, H, W, C], for hooks, and computes on [B, H * W, C], for Inductor."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        shape = x.shape
-        x = F.layer_norm(x.flatten(1, 2), self.normalized_shape, self.weight, self.bias, self.eps)
-        return x.view(shape)
 
 
 class GlobalAttention2d(NeighborhoodAttention2d):
@@ -149,23 +141,6 @@ def _global_bias(rpb: Tensor, height: int, width: int) -> Tensor:
     return bias.flatten(3).flatten(1, 2)
 
 
-class LeanMlp(Mlp):
-    """timm's Mlp, which in training does not keep what comes out of its GELU: backward computes it again.
-
-    Of what a block keeps for backward that is a fifth. The gradients are the same bits.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.fc1(x)
-        x = self.norm(self.drop1(self.act(hidden)))
-        if torch.jit.is_scripting():
-            x = self.fc2(x)
-        else:
-            with recomputing_gelu(x, hidden):
-                x = self.fc2(x)
-        return self.drop2(x)
-
-
 class NATBlock(nn.Module):
     """Pre-norm attention and MLP, each with optional layer scale and stochastic depth, on [B, H, W, C].
 
@@ -204,6 +179,9 @@ class NATBlock(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102  by itself, or TorchScript reads what comes after it
+            if infers(self, x):
+                return infer(self, x)
         shape = x.shape
         # The residual sums are [B, H * W, C]: with convolutions around, Inductor takes a 4-D sum for NCHW and stores it
         # channels-first. What a module takes and returns is a map all the same, for hooks.

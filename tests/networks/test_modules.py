@@ -1,5 +1,8 @@
 """The modules of a NAT apart: what a hook sees, and the stem and downsampling under torch.func."""
 
+from contextlib import nullcontext
+from unittest import mock
+
 import pytest
 import timm
 import torch
@@ -10,7 +13,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from nat_models.networks.blocks import ConvDownsampler, ConvTokenizer, LeanMlp, NATBlock
+from nat_models.networks import parts
+from nat_models.networks.blocks import ConvDownsampler, ConvTokenizer, NATBlock
+from nat_models.networks.parts import LeanMlp
 from tests.conftest import needs_torch
 
 
@@ -100,8 +105,16 @@ def test_the_convolutions_hand_out_what_the_norms_read():
     assert [x.is_contiguous() for x in norm_inputs] == 4 * [True]
 
 
-def _mlps() -> tuple[LeanMlp, Mlp]:
-    lean, plain = LeanMlp(8, 24), Mlp(8, 24)
+class _KeepingMlp(LeanMlp):
+    """The same operations, and backward computes nothing again."""
+
+    def forward(self, x):
+        with mock.patch.object(parts, "recomputing_gelu", lambda *args: nullcontext()):
+            return super().forward(x)
+
+
+def _mlps() -> tuple[LeanMlp, LeanMlp]:
+    lean, plain = LeanMlp(8, 24), _KeepingMlp(8, 24)
     plain.load_state_dict(lean.state_dict())
     return lean, plain
 
@@ -130,6 +143,15 @@ def test_an_mlp_keeps_less_and_its_gradients_are_the_same_bits():
     for autocast in (False, True):
         for a, b in zip(_gradients(lean, x, autocast), _gradients(plain, x, autocast), strict=True):
             assert torch.equal(a, b)
+
+
+def test_an_mlp_is_timms():
+    lean, timms = LeanMlp(8, 24), Mlp(8, 24)
+    timms.load_state_dict(lean.state_dict())
+    x = torch.randn(2, 5, 3, 8, requires_grad=True)
+    torch.testing.assert_close(_gradients(lean, x), _gradients(timms, x))
+    with torch.no_grad():
+        torch.testing.assert_close(lean(x), timms(x))
 
 
 def test_an_mlp_under_checkpointing_keeps_nothing_of_its_own():
