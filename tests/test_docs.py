@@ -113,6 +113,9 @@ LOCAL = (
     "docs/segmentation.md",
     "docs/detection.md",
 )
+# Most of their time is an exporter's and a compiler's, which tests/test_export.py, test_onnx_operator.py and
+# test_optimize.py call too.
+SLOW = ("docs/export.md", "docs/inference.md")
 # Their runs begin at random weights: a recipe would ask for the published ones.
 SHORT = ["--warmup-epochs", "0", "--workers", "0", "--batch-size", "4", "--val-fraction", "0.4"]
 
@@ -143,7 +146,12 @@ def test_every_page_is_known():
 
 # In order: a later block reads what an earlier one wrote.
 @pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=pytest.mark.xdist_group(page)) for page in PAGES if page not in LOCAL]
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.xdist_group(page), *[pytest.mark.slow] * (page in SLOW)])
+        for page in PAGES
+        if page not in LOCAL
+    ],
 )
 def test_how_tos_run_as_printed(page, forks, desk):
     ran = 0

@@ -3,6 +3,7 @@
 import io
 from functools import partial
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -40,13 +41,15 @@ def _bars(axes: Axes, rows: list[dict], suffix: str, log: bool = False) -> None:
 
 
 def _accuracy_over_speed(axes: Axes, rows: list[dict]) -> None:
+    colours = colormaps["tab20"].colors
+    axes.set_prop_cycle(color=colours[::2] + colours[1::2])  # the strong ones first
     for i, family in enumerate(dict.fromkeys(row["family"] for row in rows if row["family"])):
         points = sorted((row["images/s"], row["top-1"], row["model"]) for row in rows if row["family"] == family)
         axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o-", label=family)
         for x, y, name in points:
             # Above and below in turn: names of two families seldom meet.
             axes.annotate(short(name), (x, y), xytext=(4, -12 if i % 2 else 4), textcoords="offset points")
-    axes.margins(x=0.12)  # for the names
+    axes.margins(x=0.16)  # for the names
     axes.set_xlabel("images/s")
     axes.set_ylabel("ImageNet-1k top-1, %, as published")
 
