@@ -10,10 +10,18 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as _of_all_modules
 
 from .backends import autocast_enabled
 from .tracing import is_transformed
+
+# What the register_module_*_hook functions fill, in PyTorch 2.6 too.
+_GLOBAL_HOOKS = (
+    _of_all_modules._global_forward_hooks,
+    _of_all_modules._global_forward_pre_hooks,
+    _of_all_modules._global_backward_hooks,
+    _of_all_modules._global_backward_pre_hooks,
+)
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
@@ -82,7 +90,7 @@ def is_observed() -> bool:
     """Whether a compiler, a tracer, a dispatch mode (a FLOP counter) or a transform is to see PyTorch's operators."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
-    return torch._C._len_torch_dispatch_stack() > 0 or is_transformed() or _has_any_global_hook()
+    return torch._C._len_torch_dispatch_stack() > 0 or is_transformed() or any(_GLOBAL_HOOKS)
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -118,6 +118,8 @@ def test_default_cfg_describes_the_model(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_what_timm_saves_it_builds_again(name, tmp_path):
     model = tiny(name, num_classes=3, in_chans=1).eval()
+    if not hasattr(model, "_model_args"):
+        pytest.skip("this timm does not keep what a model was built with")
     save_for_hf(model, tmp_path, safe_serialization=True)
     again = create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     x = torch.randn(1, 1, 64, 96)
