@@ -56,7 +56,7 @@ def test_one_onnx_file_is_the_network_at_every_batch_and_size(name, kwargs, tmp_
 @pytest.mark.parametrize(
     ("format", "suffix", "load"),
     [
-        ("pt2", ".pt2", "torch.export.load(sys.argv[1]).module()"),
+        pytest.param("pt2", ".pt2", "torch.export.load(sys.argv[1]).module()", marks=pytest.mark.slow),
         ("torchscript", ".pt", "torch.jit.load(sys.argv[1])"),
         pytest.param("aoti", ".pt2", "torch._inductor.aoti_load_package(sys.argv[1])", marks=pytest.mark.slow),
     ],

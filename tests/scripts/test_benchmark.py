@@ -131,7 +131,8 @@ COLUMNS = {
 ROWS = {"model": 4, "growth": 2, "tiles": 2, "segmentation": 6, "detection": 8}  # where it is not one
 SUITES = [
     pytest.param("op", marks=pytest.mark.skipif(not native.available()[0], reason="the native kernel was not built")),
-    *(pytest.param(suite, marks=needs_linux) for suite in ("layer", "memory", "segmentation", "detection")),
+    *(pytest.param(suite, marks=needs_linux) for suite in ("layer", "memory", "segmentation")),
+    pytest.param("detection", marks=[needs_linux, pytest.mark.slow]),
     *("model", "step", "growth", "gemm", "dtype", "tiles"),
 ]
 
@@ -281,6 +282,7 @@ def test_the_peer_gives_logits_of_the_same_form():
     assert (theirs.dtype, ours.dtype) == (torch.float32, torch.bfloat16)
 
 
+@pytest.mark.slow
 @needs_linux
 def test_detectors_are_compared_with_the_peer_and_with_their_own_eager_form(ran):
     content = ran("detection").content
