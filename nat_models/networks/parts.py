@@ -26,11 +26,10 @@ class LeanMlp(Mlp):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.fc1(x) if torch.jit.is_scripting() else linear(self.fc1, x)
-        x = self.norm(self.drop1(self.act(hidden)))
         if torch.jit.is_scripting():
-            x = self.fc2(x)
-        else:
-            with recomputing_gelu(x, hidden):
-                x = linear(self.fc2, x)
+            return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))
+        hidden = linear(self.fc1, x)
+        x = self.norm(self.drop1(self.act(hidden)))
+        with recomputing_gelu(x, hidden):
+            x = linear(self.fc2, x)
         return self.drop2(x)

@@ -56,11 +56,12 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
-        rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        grad = grad.contiguous()
+        rows, grads = x.reshape(-1, x.shape[-1]), grad.view(-1, grad.shape[-1])
         x_grad = weight_grad = None
         if for_x:
             # With create_graph the gradient needs a derivative itself.
-            x_grad = grad @ weight if torch.is_grad_enabled() else product(grad.contiguous(), weight.t())
+            x_grad = grad @ weight if torch.is_grad_enabled() else product(grad, weight.t())
         if for_weight:
             # MKL is faster where the rows of a product are the longer side.
             wide = weight.shape[0] >= weight.shape[1]

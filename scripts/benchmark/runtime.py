@@ -133,16 +133,15 @@ def _images(batch: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((batch, 3, SIZE, SIZE), np.float32)
 
 
-def _rows(args: argparse.Namespace, found: dict[tuple[str, str], Callable]) -> list[dict]:
-    """Speeds at --batch and, where that is another, one image at a time, over Swin-Tiny's in the same form; where that
-    has one form, over that."""
+def _rows(args: argparse.Namespace, found: dict[tuple[str, str], Callable], peer_form: str | None = None) -> list[dict]:
+    """Speeds at --batch and, where that is another, one image at a time, over Swin-Tiny's in `peer_form` or else in the
+    same form."""
     batches = sorted({args.batch, 1}, reverse=True)
     images = {batch: _images(batch) for batch in batches}
     calls: dict[tuple[str, str, int], Call] = {
         (*key, batch): partial(run, images[batch]) for key, run in found.items() for batch in batches
     }
     ms = interleaved(calls, args.seconds, args.device)
-    of_peer = [form for name, form in found if name == SWIN_TINY]
     rows = []
     for name, form in found:
         family, top1 = TOP1.get(name, (None, None))
@@ -150,7 +149,7 @@ def _rows(args: argparse.Namespace, found: dict[tuple[str, str], Callable]) -> l
         for batch in batches:
             row[f"images/s, batch {batch}"] = 1e3 * batch / ms[name, form, batch]
             if SWIN_TINY in args.models:  # None where it could not be run in this form
-                peer = ms.get((SWIN_TINY, of_peer[0] if len(of_peer) == 1 else form, batch))
+                peer = ms.get((SWIN_TINY, form if peer_form is None else peer_form, batch))
                 row[f"over {short(SWIN_TINY)}, batch {batch}"] = peer and peer / ms[name, form, batch]
         rows.append(row)
     return rows
@@ -171,7 +170,8 @@ def field(args: argparse.Namespace) -> list[dict]:
         for name in args.models:  # one by one: all forms of all networks are more than 24 GiB
             found = _contestants(args, [name], forms, Path(folder))
             ms = interleaved({key: partial(run, image) for key, run in found.items()}, args.seconds, args.device)
-            key = min(ms, key=ms.get)
-            fastest[key] = found[key]
-        rows = _rows(args, fastest)
+            if ms:  # a network that runs in no form has its notes
+                key = min(ms, key=ms.get)
+                fastest[key] = found[key]
+        rows = _rows(args, fastest, dict(list(fastest)).get(SWIN_TINY))
     return [{**row, "images/s": row[f"images/s, batch {args.batch}"]} for row in rows]

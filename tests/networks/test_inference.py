@@ -11,15 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from nat_models.networks import blocks
 from nat_models.networks.blocks import NATBlock
 from nat_models.networks.inference import infer
-from nat_models.ops import linear, use_backend
+from nat_models.ops import use_backend
+from tests.ops.conftest import needs_onednn
 
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def _needs_onednn():
-    if not all(linear._has_dtype(dtype) for dtype in DTYPES):
-        pytest.skip("PyTorch has no oneDNN here, or the CPU no bfloat16")
+pytestmark = needs_onednn
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What the operator's tests share: every backend in turn, inputs, gradients."""
 
 import functools
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -25,6 +26,13 @@ BACKENDS = [
     "natten_fused",
 ]
 
+# Of the machine, not of what nat_models/ops/linear.py says of it: were that mistaken, its tests fail.
+needs_onednn = pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64")
+    or not torch.backends.mkldnn.is_available()
+    or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    reason="PyTorch has no oneDNN here, or the CPU no bfloat16",
+)
 needs_native = pytest.mark.skipif(not native.available()[0], reason=f"no kernel: {native.available()[1]}")
 
 

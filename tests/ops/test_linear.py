@@ -8,11 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nat_models.ops import linear as module
 from nat_models.ops.linear import linear
+from tests.ops.conftest import needs_onednn
 
-needs_onednn = pytest.mark.skipif(
-    not (module._has_dtype(torch.float32) and module._has_dtype(torch.bfloat16)),
-    reason="PyTorch has no oneDNN here, or the CPU no bfloat16",
-)
 TOLERANCE = {torch.float32: dict(rtol=1e-5, atol=1e-5), torch.bfloat16: dict(rtol=1.6e-2, atol=1e-2)}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 

@@ -107,6 +107,18 @@ def test_the_field_is_each_network_in_its_fastest_form_over_swin_in_its_own(tmp_
     assert (tmp_path / "field.png").is_file()
 
 
+@pytest.mark.parametrize("suite, ratio", [("runtime", None), ("field", 2.0)])
+def test_where_swin_runs_in_one_form_alone_only_the_field_compares_others_with_it(
+    suite, ratio, tmp_path, monkeypatch, without_openvino
+):
+    found = {(SWIN_TINY, "eager"): 2.0, ("convnext_tiny", "ONNX Runtime"): 1.0}  # nat_mini runs in none
+    monkeypatch.setattr(runtime, "_contestants", lambda args, names, *rest: {k: print for k in found if k[0] in names})
+    monkeypatch.setattr(runtime, "interleaved", lambda calls, *rest: {key: found[key[:2]] for key in calls})
+    rows, _ = run(tmp_path, suite, "--models", SWIN_TINY, "convnext_tiny", "nat_mini")
+    assert rows.keys() == found.keys()
+    assert rows["convnext_tiny", "ONNX Runtime"]["over swin_tiny, batch 1"] == ratio
+
+
 @pytest.mark.parametrize("name", [name for members in FAMILIES.values() for name in members])
 def test_what_is_published_is_of_a_network_that_timm_has(name):
     assert timm.is_model(name)
