@@ -14,6 +14,7 @@ from ..layers import NeighborhoodAttention2d
 from ..ops.tracing import is_exporting
 from .inference import infer, infers
 from .parts import LeanMlp, MapNorm
+from .stochastic_depth import add_branch, drops_images
 
 DOWNSAMPLERS = ("conv", "merge", "none")  # create_model of timm drops arguments that are None
 
@@ -179,9 +180,11 @@ class NATBlock(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():  # noqa: SIM102  by itself, or TorchScript reads what comes after it
+        if not torch.jit.is_scripting():
             if infers(self, x):
                 return infer(self, x)
+            if drops_images(self, x):
+                return self._forward_kept(x)
         shape = x.shape
         # The residual sums are [B, H * W, C]: with convolutions around, Inductor takes a 4-D sum for NCHW and stores it
         # channels-first. What a module takes and returns is a map all the same, for hooks.
@@ -189,6 +192,11 @@ class NATBlock(nn.Module):
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x.view(shape))))).flatten(1, 2)
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x.view(shape))))).flatten(1, 2)
         return x.view(shape)
+
+    @torch.jit.ignore
+    def _forward_kept(self, x: Tensor) -> Tensor:
+        x = add_branch(x, lambda x: self.ls1(self.attn(self.norm1(x))), self.drop_path1)
+        return add_branch(x, lambda x: self.ls2(self.mlp(self.norm2(x))), self.drop_path2)
 
 
 class NATLevel(nn.Module):
