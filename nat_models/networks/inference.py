@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..layers import NeighborhoodAttention2d, attend, with_zero_token
 from ..ops.backends import autocast_enabled
-from ..ops.linear import add_product, is_observed, is_plain, match, product, supports
+from ..ops.linear import add_product, match, product, supports
+from ..ops.tracing import is_observed, is_plain
 from .parts import LeanMlp, MapNorm
 
 _BLOCK = dict(norm1=MapNorm, attn=NeighborhoodAttention2d, norm2=MapNorm, mlp=LeanMlp)

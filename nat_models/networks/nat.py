@@ -53,7 +53,8 @@ class NAT(nn.Module):
         drop_rate: Dropout before the classifier.
         proj_drop_rate: Dropout of attention and MLP outputs.
         attn_drop_rate: Dropout of attention weights; above 0, training is slower.
-        drop_path_rate: Stochastic depth of the last block; it grows linearly from 0.
+        drop_path_rate: Stochastic depth of the last block; it grows linearly from 0. On a CPU, a block does not compute
+            images that it drops.
         output_norms: A LayerNorm for each level's map as features_only and forward_intermediates hand it out, as in the
             published backbones for detection and segmentation; what goes on to the next level is without.
         output_stride: The network's own, which timm's users may state.

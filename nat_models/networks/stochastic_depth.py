@@ -10,7 +10,7 @@ from timm.layers import DropPath, LayerScale
 from torch import Tensor, nn
 
 from ..layers import NeighborhoodAttention2d
-from ..ops.linear import is_observed, is_plain
+from ..ops.tracing import is_observed, is_plain
 from .parts import LeanMlp, MapNorm
 
 # Each treats every image by itself.

@@ -10,18 +10,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _of_all_modules
 
 from .backends import autocast_enabled
-from .tracing import is_transformed
-
-# What the register_module_*_hook functions fill, in PyTorch 2.6 too.
-_GLOBAL_HOOKS = (
-    _of_all_modules._global_forward_hooks,
-    _of_all_modules._global_forward_pre_hooks,
-    _of_all_modules._global_backward_hooks,
-    _of_all_modules._global_backward_pre_hooks,
-)
+from .tracing import is_observed, is_plain
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
@@ -85,22 +76,6 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: str 
 def add_product(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """residual [..., out_features] + product(x, weight, bias)."""
     return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
-
-
-def is_observed() -> bool:
-    """Whether a compiler, a tracer, a dispatch mode (a FLOP counter) or a transform is to see PyTorch's operators."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return True
-    return torch._C._len_torch_dispatch_stack() > 0 or is_transformed() or any(_GLOBAL_HOOKS)
-
-
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of the module computes what its class says, and nothing else happens."""
-    if type(module) is not kind:
-        return False
-    own = module.__dict__
-    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    return not hooks and "forward" not in own
 
 
 def supports(x: Tensor) -> bool:

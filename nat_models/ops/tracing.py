@@ -1,11 +1,21 @@
-"""Who looks on while a call runs: exporters, a transform of torch.func, forward-mode differentiation."""
+"""Who looks on while a call runs: exporters, transforms of torch.func, forward-mode differentiation, modes, hooks."""
 
 import sys
 
 import torch
+from torch import nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as _of_all_modules
 
 _NEW = torch.__version__ >= "2.12"  # a TorchVersion, which compares by number
+
+# What the register_module_*_hook functions fill, in PyTorch 2.6 too.
+_GLOBAL_HOOKS = (
+    _of_all_modules._global_forward_hooks,
+    _of_all_modules._global_forward_pre_hooks,
+    _of_all_modules._global_backward_hooks,
+    _of_all_modules._global_backward_pre_hooks,
+)
 
 
 def is_exporting() -> bool:
@@ -48,3 +58,19 @@ def _openvino_traces() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def is_observed() -> bool:
+    """Whether a compiler, a tracer, a dispatch mode (a FLOP counter) or a transform is to see PyTorch's operators."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 or is_transformed() or any(_GLOBAL_HOOKS)
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of the module computes what its class says, and nothing else happens."""
+    if type(module) is not kind:
+        return False
+    own = module.__dict__
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return not hooks and "forward" not in own
