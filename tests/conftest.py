@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ import timm
 import torch
 
 from tests.fixtures.deterministic import array, parameter
+from tests.forks import BEFORE_THE_HUB, Forks
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -43,6 +45,14 @@ def assert_same_logits(run, model: torch.nn.Module) -> None:
             with torch.no_grad():
                 expected = model(image)
             torch.testing.assert_close(run(image), expected, atol=1e-4, rtol=0)
+
+
+@pytest.fixture(scope="session")
+def hub_clients(tmp_path_factory):
+    """Processes that know no hub yet."""
+    forks = Forks(dict(os.environ), tmp_path_factory.mktemp("hub_clients"), BEFORE_THE_HUB)
+    yield forks
+    forks.close()
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,12 @@ import os
 import subprocess
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 
 _SHARED = ("torch", "timm", "torch._dynamo", "torch.onnx", "accelerate", "torchmetrics", "transformers")
+# Without huggingface_hub, which reads at import where the hub is: it may be another one in each process.
+BEFORE_THE_HUB = ("torch", "torchvision")
 
 
 class Forks:
@@ -22,18 +25,29 @@ class Forks:
     Args:
         environment: Of all of them.
         folder: In which they run, and in which their output is kept.
+        shared: What is imported already where they begin.
     """
 
-    def __init__(self, environment: dict[str, str], folder: Path):
-        self.output = folder / f"output-{os.getpid()}.txt"
+    def __init__(self, environment: dict[str, str], folder: Path, shared: Sequence[str] = _SHARED):
+        self.output = [folder / f"{stream}-{os.getpid()}.txt" for stream in ("stdout", "stderr")]
+        command = [sys.executable, __file__, ",".join(shared), *self.output]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.parent = subprocess.Popen([sys.executable, __file__, self.output], cwd=folder, env=environment, **pipes)
+        self.parent = subprocess.Popen(command, cwd=folder, env=environment, **pipes)
 
-    def run(self, *, code: str | None = None, command: list[str] | None = None) -> tuple[int, str]:
-        """The exit code and the output of a piece of Python, or of the words after `nat-models`."""
-        print(json.dumps([code, command]), file=self.parent.stdin, flush=True)
-        answer = self.parent.stdout.readline()
-        return int(answer or 1), self.output.read_text(errors="replace") if answer else "the parent has ended"
+    def run(
+        self, *, code: str | None = None, command: list[str] | None = None, environment: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """What a piece of Python, or the words after `nat-models`, came to.
+
+        Args:
+            code: The Python.
+            command: The words.
+            environment: Of this process, beside what all have.
+        """
+        print(json.dumps([code, command, environment or {}]), file=self.parent.stdin, flush=True)
+        if not (answer := self.parent.stdout.readline()):
+            return subprocess.CompletedProcess([], 1, "", "the parent has ended")
+        return subprocess.CompletedProcess([], int(answer), *(f.read_text(errors="replace") for f in self.output))
 
     def close(self) -> None:
         self.parent.stdin.close()
@@ -41,11 +55,12 @@ class Forks:
         self.parent.stdout.close()
 
 
-def _child(code: str | None, command: list[str] | None, output: str) -> None:
-    with open(output, "w") as file:
-        for stream in (sys.stdout, sys.stderr):
+def _child(code: str | None, command: list[str] | None, environment: dict[str, str], output: list[str]) -> None:
+    for path, stream in zip(output, (sys.stdout, sys.stderr), strict=True):
+        with open(path, "w") as file:
             os.dup2(file.fileno(), stream.fileno())
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update(environment)
     sys.argv = ["-c" if command is None else "nat-models"]
     sys.modules["__main__"] = page = types.ModuleType("__main__")  # no name of this file is one of the page's
     if command is None:
@@ -56,8 +71,8 @@ def _child(code: str | None, command: list[str] | None, output: str) -> None:
     sys.exit(main(command))
 
 
-def _serve(output: str) -> None:
-    for name in _SHARED:
+def _serve(shared: str, *output: str) -> None:
+    for name in shared.split(","):
         importlib.import_module(name)
     assert "nat_models" not in sys.modules
     while line := sys.stdin.readline():
@@ -69,4 +84,4 @@ def _serve(output: str) -> None:
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])
-    _serve(sys.argv[1])
+    _serve(*sys.argv[1:])

@@ -4,6 +4,7 @@ import base64
 import ctypes
 import hashlib
 import json
+import os
 import re
 import threading
 from collections import Counter
@@ -283,7 +284,10 @@ def connect(monkeypatch, endpoint: str, token: str | None) -> None:
 
 
 def obey_permissions() -> None:
-    """Makes the superuser's child process subject to the permissions of files, for subprocess.run(preexec_fn=...):
-    without it, chmod makes nothing read-only in a container, where all run as root."""
-    drop_capability, override = 24, 1  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE; it is gone after the next exec
-    ctypes.CDLL(None).prctl(drop_capability, override, 0, 0, 0)
+    """Makes this process subject to the permissions of files, though it is the superuser's: without it, chmod makes
+    nothing read-only in a container, where all run as root."""
+    libc, override = ctypes.CDLL(None, use_errno=True), 1 << 1  # CAP_DAC_OVERRIDE
+    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()  # version 3, this process
+    assert libc.capget(header, sets) == 0, os.strerror(ctypes.get_errno())
+    sets[0] &= ~override  # of the effective ones
+    assert libc.capset(header, sets) == 0, os.strerror(ctypes.get_errno())

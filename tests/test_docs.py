@@ -160,8 +160,8 @@ def test_how_tos_run_as_printed(page, forks, desk):
             continue
         runs = [dict(command=words) for words in _commands(block)] or [dict(code=block)]
         for run in runs:
-            code, output = forks.run(**run)
-            assert code == 0, f"{block}\n{output}"
+            done = forks.run(**run)
+            assert done.returncode == 0, f"{block}\n{done.stdout}{done.stderr}"
         ran += 1
     assert ran == PAGES[page]
     if page == "README.md":
@@ -178,8 +178,8 @@ def _rows() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("used, code", _rows())
 def test_who_comes_from_elsewhere_is_served(used, code, forks):
-    code, output = forks.run(code=code)
-    assert code == 0, f"{used}\n{output}"
+    done = forks.run(code=code)
+    assert done.returncode == 0, f"{used}\n{done.stdout}{done.stderr}"
 
 
 def test_every_kind_of_reader_has_a_row():

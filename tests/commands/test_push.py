@@ -1,9 +1,6 @@
 """nat-models push: the real client against a hub on 127.0.0.1, and what others then load from it."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -68,25 +65,31 @@ def images() -> torch.Tensor:
     return torch.linspace(-2, 2, 2 * 3 * SIZE * SIZE).sin().view(2, 3, SIZE, SIZE)
 
 
-def pulled(hub: Hub, cache: Path, create: str, **environment: str) -> torch.Tensor:
+@pytest.fixture
+def pulled(hub, hub_clients):
     """The logits of a network that another process, with an empty cache, makes of what the hub has."""
-    code = f"""
+
+    def pulled(cache: Path, create: str, **environment: str) -> torch.Tensor:
+        code = f"""
 import timm, torch, nat_models
 model = {create}.eval()
 x = torch.linspace(-2, 2, 2 * 3 * {SIZE} * {SIZE}).sin().view(2, 3, {SIZE}, {SIZE})
 torch.save(model(x).detach(), {str(cache.with_suffix(".pt"))!r})
 """
-    environment = {**os.environ, **client_environment(hub.endpoint, cache), **environment}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return torch.load(cache.with_suffix(".pt"))
+        done = hub_clients.run(code=code, environment=client_environment(hub.endpoint, cache) | environment)
+        assert done.returncode == 0, done.stderr
+        return torch.load(cache.with_suffix(".pt"))
+
+    return pulled
 
 
 def front_matter(card: bytes) -> dict:
     return yaml.safe_load(card.decode().split("---\n")[1])
 
 
-def test_what_is_pushed_is_pulled_bitwise_in_another_process_at_a_branch_too_and_then_offline(hub, folder, tmp_path):
+def test_what_is_pushed_is_pulled_bitwise_in_another_process_at_a_branch_too_and_then_offline(
+    hub, folder, tmp_path, pulled
+):
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     assert push(folder, "--revision", "v1", "--message", "first") == 0
     assert hub.messages == ["first"]
@@ -94,16 +97,16 @@ def test_what_is_pushed_is_pulled_bitwise_in_another_process_at_a_branch_too_and
     pinned = commit_of(hub.branches[REPO, "v1"])
     for revision in ("v1", pinned):
         create = f'timm.create_model("hf-hub:{REPO}@{revision}", pretrained=True)'
-        assert torch.equal(pulled(hub, tmp_path / "cache", create), model(images()))
+        assert torch.equal(pulled(tmp_path / "cache", create), model(images()))
     hub.requests.clear()
-    assert torch.equal(pulled(hub, tmp_path / "cache", create, HF_HUB_OFFLINE="1"), model(images()))
+    assert torch.equal(pulled(tmp_path / "cache", create, HF_HUB_OFFLINE="1"), model(images()))
     assert not hub.requests
     files = hub.branches[REPO, "v1"]
     assert set(files) == {".gitattributes", "README.md", "config.json", "model.safetensors"}
     assert json.loads(files["config.json"])["label_names"] == NAMES
 
 
-def test_a_file_of_the_authors_layout_is_pushed_in_the_hubs_and_pulled_as_its_card_says(hub, tmp_path):
+def test_a_file_of_the_authors_layout_is_pushed_in_the_hubs_and_pulled_as_its_card_says(hub, tmp_path, pulled):
     model = network()
     torch.save({"state_dict": convert_state_dict(model.state_dict(), "original")}, tmp_path / "own.pth")
     (tmp_path / "names.txt").write_text("".join(f"{name}\n" for name in NAMES))
@@ -127,7 +130,7 @@ def test_a_file_of_the_authors_layout_is_pushed_in_the_hubs_and_pulled_as_its_ca
     assert head["model-index"][0]["results"][0]["metrics"][0]["value"] == 71.5
     (create,) = [line for line in files["README.md"].decode().splitlines() if line.startswith("model = ")]
     create = create.removeprefix("model = ").removesuffix(".eval()")
-    assert torch.equal(pulled(hub, tmp_path / "cache", create), model(images()))
+    assert torch.equal(pulled(tmp_path / "cache", create), model(images()))
 
 
 def test_a_card_tells_licence_figures_recipe_preprocessing_and_use(hub, folder, capsys):

@@ -2,9 +2,6 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -70,22 +67,9 @@ def hub():
     hub.close()
 
 
-def _run(hub: Hub, cache, code: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **client_environment(hub.endpoint, cache)},
-        cwd=FIXTURES.parents[1],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.parametrize("natten", [True, False], ids=["natten", "no natten"])
 @pytest.mark.parametrize("variant", REPOS)
-def test_a_repository_of_the_hub_loads_and_gives_the_golden_logits(variant, natten, hub, tmp_path):
+def test_a_repository_of_the_hub_loads_and_gives_the_golden_logits(variant, natten, hub, tmp_path, hub_clients):
     fixture = "dinat_models" if variant.startswith("dinat") else "nat_models"
     code = f"""
 import torch, nat_models.integrations.hf_transformers
@@ -104,7 +88,10 @@ print(type(model).__name__, model.config.id2label[7])
 backbone = AutoBackbone.from_pretrained("{REPOS[variant]}", out_features=["stage1", "stage4"])
 print([tuple(m.shape) for m in backbone(image).feature_maps])
 """
-    printed = _run(hub, tmp_path, ("" if natten else WITHOUT_NATTEN) + code)
+    environment = client_environment(hub.endpoint, tmp_path)
+    done = hub_clients.run(code=("" if natten else WITHOUT_NATTEN) + code, environment=environment)
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout
     name = variant.split("_")[0].capitalize()
     assert f"{name}ForImageClassification class 7" in printed
     assert "[(1, 64, 56, 56), (1, 512, 7, 7)]" in printed
