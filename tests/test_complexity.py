@@ -141,7 +141,7 @@ CASCADES = {
     [
         ("upernet", SYSTEMS, PUBLISHED),
         ("mask_rcnn", MASK_RCNNS, mask_rcnn.PUBLISHED),
-        ("cascade_mask_rcnn", CASCADES, cascade_rcnn.PUBLISHED),
+        pytest.param("cascade_mask_rcnn", CASCADES, cascade_rcnn.PUBLISHED, marks=pytest.mark.slow),
     ],
 )
 def test_the_systems_of_the_papers_cost_what_the_papers_print(system, figures, published, capsys):

@@ -116,6 +116,9 @@ LOCAL = (
 # Most of their time is an exporter's and a compiler's, which tests/test_export.py, test_onnx_operator.py and
 # test_optimize.py call too.
 SLOW = ("docs/export.md", "docs/inference.md")
+# So it is of blocks of these that export, or trace whole systems: with them the pages are slow, and without, not.
+WHOLE = [pytest.param(page, True, marks=pytest.mark.slow) for page in ("docs/segmentation.md", "docs/detection.md")]
+SLOW_BLOCKS = ("nat-models export", "nat-models complexity")
 # Their runs begin at random weights: a recipe would ask for the published ones.
 SHORT = ["--warmup-epochs", "0", "--workers", "0", "--batch-size", "4", "--val-fraction", "0.4"]
 
@@ -186,14 +189,15 @@ def test_every_kind_of_reader_has_a_row():
     assert len(_rows()) == 7
 
 
-@pytest.mark.parametrize("page", LOCAL)
-def test_how_tos_without_published_weights_run_as_printed(page, desk, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("page", "whole"), [*((page, False) for page in LOCAL), *WHOLE])
+def test_how_tos_without_published_weights_run_as_printed(page, whole, desk, monkeypatch, tmp_path):
     for name in ("images", "photo.jpg", "street", "pets"):
         (tmp_path / name).symlink_to(desk / name)
     monkeypatch.chdir(tmp_path)
     blocks = _blocks(page)
     for language, block in blocks:
-        _run_here(block, language == "bash")
+        if whole or not block.startswith(SLOW_BLOCKS):
+            _run_here(block, language == "bash")
     assert len(blocks) == PAGES[page]
 
 

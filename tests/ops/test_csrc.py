@@ -46,13 +46,15 @@ def built(tmp_path_factory):
 
 
 @_needs("cmake", "c++")
-def test_helpers_pass_their_unit_tests(built):
-    programs = sorted(built.glob("test_simd_*"))
+def test_helpers_pass_their_unit_tests(tmp_path):
+    _build(tmp_path, "-DNAT_TESTS=ON", targets=["test_simd"])
+    programs = sorted(tmp_path.glob("test_simd_*"))
     assert [program.name for program in programs if program.name.endswith("baseline")]
     results = {program.name: subprocess.run([program], capture_output=True, text=True) for program in programs}
     assert {name: run.stdout for name, run in results.items() if run.returncode not in (0, SKIPPED)} == {}
 
 
+@pytest.mark.slow  # to build it; through Python, test_native.py runs every instruction set
 @_needs("cmake", "c++")
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
 def test_the_grid_without_python_agrees_with_a_plain_loop(isa, built):

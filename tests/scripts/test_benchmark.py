@@ -131,8 +131,8 @@ COLUMNS = {
 ROWS = {"model": 4, "growth": 2, "tiles": 2, "segmentation": 6, "detection": 8}  # where it is not one
 SUITES = [
     pytest.param("op", marks=pytest.mark.skipif(not native.available()[0], reason="the native kernel was not built")),
-    *(pytest.param(suite, marks=needs_linux) for suite in ("layer", "memory", "segmentation")),
-    pytest.param("detection", marks=[needs_linux, pytest.mark.slow]),
+    *(pytest.param(suite, marks=needs_linux) for suite in ("layer", "memory")),
+    *(pytest.param(suite, marks=[needs_linux, pytest.mark.slow]) for suite in ("segmentation", "detection")),
     *("model", "step", "growth", "gemm", "dtype", "tiles"),
 ]
 
@@ -263,6 +263,7 @@ def test_what_cannot_be_done_is_refused_before_anything_runs(arguments, message,
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @needs_linux
 def test_segmenters_are_compared_with_the_peer_and_with_their_own_eager_form(ran):
     pytest.importorskip("transformers", reason="transformers is not installed")
