@@ -50,8 +50,10 @@ class Forks:
         return subprocess.CompletedProcess([], int(answer), *(f.read_text(errors="replace") for f in self.output))
 
     def close(self) -> None:
-        self.parent.stdin.close()
+        # An empty line: the pipe's end would not do, where another child of this process holds the pipe open.
+        print(file=self.parent.stdin, flush=True)
         self.parent.wait()
+        self.parent.stdin.close()
         self.parent.stdout.close()
 
 
@@ -75,7 +77,7 @@ def _serve(shared: str, *output: str) -> None:
     for name in shared.split(","):
         importlib.import_module(name)
     assert "nat_models" not in sys.modules
-    while line := sys.stdin.readline():
+    while line := sys.stdin.readline().strip():
         if not (child := os.fork()):
             _child(*json.loads(line), output)
             return

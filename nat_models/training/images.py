@@ -1,8 +1,11 @@
 """Images: which files are some, how they are read in batches, and what becomes of one that cannot be."""
 
+import atexit
+import ctypes
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -238,19 +241,29 @@ def _collate(items: list, collate: Callable[[list], list]) -> tuple[list | None,
     return collate(readable) if readable else None, [item for item in items if isinstance(item, UserError)]
 
 
-def _start_worker(_: int) -> None:
-    """A terminal and some clusters signal workers too; the main process ends them when it has finished its step."""
+@functools.cache
+def _ending() -> ctypes.c_byte:
+    """What says in the memory of all processes, 1 or 0, whether this one is at its end."""
+    ending = multiprocessing.RawValue(ctypes.c_byte, 0)
+    atexit.register(setattr, ending, "value", 1)  # after multiprocessing's own, and so called before it
+    return ending
+
+
+def _start_worker(_: int, ending: ctypes.c_byte) -> None:
+    """A terminal and some clusters signal workers too; the main process ends them when it has finished its step.
+
+    Workers that an error left get their SIGTERM from multiprocessing at the main process's end, and are waited for.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *args: os._exit(0) if ending.value else None)
     torch.set_num_threads(1)
 
 
 def make_loader(images: Dataset, batch_size: int, workers: int = 0, **kwargs) -> DataLoader:
     """A loader whose batches `read_batches` takes; accelerate may prepare it. `kwargs` go to DataLoader."""
     collate = functools.partial(_collate, collate=getattr(images, "collate", default_collate))
-    return DataLoader(
-        images, batch_size, num_workers=workers, collate_fn=collate, worker_init_fn=_start_worker, **kwargs
-    )
+    start = functools.partial(_start_worker, ending=_ending()) if workers else None
+    return DataLoader(images, batch_size, num_workers=workers, collate_fn=collate, worker_init_fn=start, **kwargs)
 
 
 def load_images(
@@ -276,10 +289,13 @@ def read_batches(loader: Iterable, on_error: Callable[[UserError], None] | None 
         loader: What make_loader returned, as it is or wrapped.
         on_error: Is told of each unreadable image, which is then left out of its batch. None: the first one is raised.
     """
-    for batch, errors in loader:
-        for error in errors:
-            if on_error is None:
-                raise error
-            on_error(error)
-        if batch is not None:
-            yield batch
+    try:
+        for batch, errors in loader:
+            for error in errors:
+                if on_error is None:
+                    raise error
+                on_error(error)
+            if batch is not None:
+                yield batch
+    finally:  # its traceback has this frame: such a cycle would keep the loader's workers when the error is handled
+        loader = errors = error = None

@@ -1,6 +1,7 @@
 """Promises of `nat-models features`."""
 
 import json
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,7 @@ def test_an_unreadable_image_is_an_error_that_names_it_and_nothing_is_written(im
     assert extract(images, "--num-workers", workers) == 2
     assert capsys.readouterr().err.startswith(f"error: {images / 'b' / 'torn.png'} cannot be read as an image")
     assert not list(images.parent.glob("features*"))
+    assert not multiprocessing.active_children()  # or the command would wait for them at its end
 
 
 def test_skip_unreadable_leaves_out_what_cannot_be_read_and_says_so(images, model, capsys):

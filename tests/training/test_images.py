@@ -5,6 +5,8 @@ import os
 import pickle
 import random
 import shutil
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -249,6 +251,21 @@ def test_an_unreadable_image_leaves_its_worker_as_the_very_error(data, tmp_path,
     batches = list(read_batches(loader, told.append))
     assert [str(error) for error in told] == [str(raised.value)]
     assert [target.tolist() for _, target in batches] == [[0], [2]]
+
+
+def test_a_program_that_an_error_ends_does_not_wait_for_its_workers(data):
+    code = f"""
+from pathlib import Path
+from timm.data import create_transform
+from nat_models.training.images import ImageSet, make_loader, read_batches, scan
+images, _ = scan(Path({str(data)!r}))
+images = ImageSet(images, None, 3, create_transform(32))
+batches = read_batches(make_loader(images, 1, 2))
+next(batches)
+raise RuntimeError("a mistake")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.endswith("RuntimeError: a mistake\n"), done.stderr
 
 
 def test_errors_are_pickled_whole():
