@@ -141,7 +141,9 @@ def _segmenter_folder(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("format", ["onnx", pytest.param("pt2", marks=pytest.mark.slow), "torchscript"])
+@pytest.mark.parametrize(
+    "format", [*(pytest.param(format, marks=pytest.mark.slow) for format in ("onnx", "pt2")), "torchscript"]
+)
 def test_one_file_is_the_segmenter_at_every_batch_and_size(format, tmp_path, capsys):
     if format == "onnx":
         pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")

@@ -132,6 +132,7 @@ def test_sigterm_to_the_launcher_ends_all_processes_with_one_line(data, tmp_path
     assert 5 * len(state["rows"]) + state["step"] == steps
 
 
+@pytest.mark.slow
 def test_sharded_weights_are_saved_whole(data, tmp_path):
     cfg = make_settings(data, tmp_path / "o", batch_size=4, epochs=1, warmup_epochs=0, drop_path=0.0, augment=False)
     output = finish(start(cfg, tmp_path / "told", "--fsdp"))
