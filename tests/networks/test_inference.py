@@ -12,9 +12,8 @@ from nat_models.networks import blocks
 from nat_models.networks.blocks import NATBlock
 from nat_models.networks.inference import infer
 from nat_models.ops import use_backend
-from tests.ops.conftest import needs_onednn
+from tests.ops.conftest import ONEDNN_DTYPES, needs_onednn
 
-DTYPES = [torch.float32, torch.bfloat16]
 pytestmark = needs_onednn
 
 
@@ -53,7 +52,7 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@ONEDNN_DTYPES
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_numbers_are_the_modules(kind, dtype, inferred):
     block, x = _block(**BLOCKS[kind]).to(dtype), _map(dtype)

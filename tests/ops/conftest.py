@@ -27,11 +27,18 @@ BACKENDS = [
 ]
 
 # Of the machine, not of what nat_models/ops/linear.py says of it: were that mistaken, its tests fail.
-needs_onednn = pytest.mark.skipif(
-    platform.machine() not in ("x86_64", "AMD64")
-    or not torch.backends.mkldnn.is_available()
-    or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+_HAS_ONEDNN = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+needs_onednn = pytest.mark.skipif(not _HAS_ONEDNN, reason="PyTorch has no oneDNN here")
+needs_onednn_bfloat16 = pytest.mark.skipif(
+    not (_HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
     reason="PyTorch has no oneDNN here, or the CPU no bfloat16",
+)
+ONEDNN_DTYPES = pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(torch.float32, id="float32", marks=needs_onednn),
+        pytest.param(torch.bfloat16, id="bfloat16", marks=needs_onednn_bfloat16),
+    ],
 )
 needs_native = pytest.mark.skipif(not native.available()[0], reason=f"no kernel: {native.available()[1]}")
 

@@ -8,10 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nat_models.ops import linear as module
 from nat_models.ops.linear import linear
-from tests.ops.conftest import needs_onednn
+from tests.ops.conftest import ONEDNN_DTYPES, needs_onednn
 
 TOLERANCE = {torch.float32: dict(rtol=1e-5, atol=1e-5), torch.bfloat16: dict(rtol=1.6e-2, atol=1e-2)}
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
 
 @pytest.fixture
@@ -46,8 +45,7 @@ INPUTS = {
 }
 
 
-@needs_onednn
-@DTYPES
+@ONEDNN_DTYPES
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", INPUTS)
 def test_numbers_and_gradients_are_the_modules(dtype, bias, shape, calls):
@@ -92,9 +90,9 @@ def test_second_derivatives(calls):
     layer, x = _layer(), _image(5, 8, requires_grad=True)
     seconds = []
     for call in (linear, lambda layer, x: layer(x)):
-        first = torch.autograd.grad(call(layer, x).pow(3).sum(), [x, *layer.parameters()], create_graph=True)
+        first = torch.autograd.grad(call(layer, x).pow(3).mean(), [x, *layer.parameters()], create_graph=True)
         seconds.append(torch.autograd.grad(sum(g.square().sum() for g in first), [x, *layer.parameters()]))
-    torch.testing.assert_close(*seconds, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*seconds, rtol=1e-5, atol=1e-6)  # the largest are 0.1 to 0.3
     assert calls  # the first of the two was not the module
 
 
