@@ -52,12 +52,11 @@ def add_branch(x: Tensor, branch: Callable[[Tensor], Tensor], drop_path: nn.Modu
     """
     if not _is_at_work(drop_path):
         return x + branch(x)
-    keep = 1.0 - drop_path.drop_prob
-    scale = 1.0 / keep if keep > 0.0 and drop_path.scale_by_keep else 1.0
-    mask = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep)
-    kept = mask.flatten().nonzero().flatten()
+    scales = drop_path(x.new_ones(len(x), *[1] * (x.ndim - 1)))  # of each image's branch: 0, or the same for all
+    kept = scales.flatten().nonzero().flatten()
     if len(kept) == 0:  # the parameters' gradients are zero, not missing
-        return x + branch(x) * mask
+        return x + branch(x) * scales
+    scale = scales.max().item()
     if len(kept) == len(x):
         return torch.add(x, branch(x), alpha=scale)
     x, part = _Split.apply(x, kept)
